@@ -1,0 +1,86 @@
+"""The one table of components: (kind, name) -> the config class that builds it.
+
+A component is a piece of the model or of the training run that can be swapped: `--with router=top_k` replaces every field of
+kind `router` by the defaults of the component named `top_k`. A new component is a config class beside its code and one line here.
+Entries are import paths, resolved on use, so that reading the table imports nothing.
+"""
+
+import difflib
+import functools
+import importlib
+from typing import Any
+
+TABLE: dict[str, dict[str, str]] = {
+    "feed_forward": {
+        "dense": "sparse_lm.model.feed_forward:DenseFeedForward",
+        "moe": "sparse_lm.routing.experts:MoEFeedForward",
+    },
+    "router": {
+        "top_k": "sparse_lm.routing.top_k:TopKRouter",
+    },
+    "projection": {
+        "dense": "sparse_lm.model.projection:DenseProjection",
+    },
+    "optimizer": {
+        "adamw": "sparse_lm.train.optimizer:AdamW",
+        "muon": "sparse_lm.train.optimizer:Muon",
+        "adafactor": "sparse_lm.train.optimizer:Adafactor",
+    },
+    "schedule": {
+        "constant": "sparse_lm.train.schedule:Constant",
+        "cosine": "sparse_lm.train.schedule:Cosine",
+        "linear": "sparse_lm.train.schedule:Linear",
+        "wsd": "sparse_lm.train.schedule:WarmupStableDecay",
+    },
+    "parametrization": {
+        "standard": "sparse_lm.train.parametrization:Standard",
+        "mup": "sparse_lm.train.parametrization:MuP",
+        "sparse_mup": "sparse_lm.train.parametrization:SparseMuP",
+    },
+    "tokenizer": {
+        "bytes": "sparse_lm.data.tokenizer:Bytes",
+        "bpe": "sparse_lm.data.tokenizer:BPE",
+        "huggingface": "sparse_lm.data.tokenizer:HuggingFace",
+        "planted": "sparse_lm.data.synthetic:PlantedVocabulary",
+    },
+    "source": {
+        "packaged": "sparse_lm.data.corpus:Packaged",
+        "files": "sparse_lm.data.corpus:Files",
+        "tfds": "sparse_lm.data.corpus:Tfds",
+        "installed": "sparse_lm.data.installed:Installed",
+        "biographies": "sparse_lm.data.synthetic:Biographies",
+        "k_hop": "sparse_lm.data.synthetic:KHop",
+        "recall": "sparse_lm.data.synthetic:Recall",
+        "markov": "sparse_lm.data.synthetic:Markov",
+    },
+}
+
+
+def did_you_mean(wrong: str, allowed: Any) -> str:
+    """Returns ' Did you mean ...?' for the closest allowed name, or an empty string."""
+    close = difflib.get_close_matches(wrong, list(allowed), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def lookup(kind: str, name: str) -> type:
+    """Returns the config class of component `name` of `kind`; ValueError names the nearest entry when there is none."""
+    if kind not in TABLE:
+        raise ValueError(f"unknown component kind {kind!r}; allowed: {', '.join(TABLE)}.{did_you_mean(kind, TABLE)}")
+    if name not in TABLE[kind]:
+        allowed = TABLE[kind]
+        raise ValueError(f"unknown {kind} {name!r}; allowed: {', '.join(allowed)}.{did_you_mean(name, allowed)}")
+    module, _, attribute = TABLE[kind][name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@functools.cache
+def _names(kind: str) -> dict[str, str]:
+    return {target: name for name, target in TABLE[kind].items()}
+
+
+def name_of(kind: str, cls: type) -> str:
+    """Returns the table name of a component's config class; ValueError when the class is not in the table."""
+    target = f"{cls.__module__}:{cls.__qualname__}"
+    if target not in _names(kind):
+        raise ValueError(f"{target} is not a registered {kind}; add it to sparse_lm/components.py")
+    return _names(kind)[target]
