@@ -12,19 +12,19 @@ from typing import Any
 
 TABLE: dict[str, dict[str, str]] = {
     "feed_forward": {
-        "dense": "sparse_lm.model.feed_forward:DenseFeedForward",
+        "dense": "sparse_lm.layers.feed_forward:DenseFeedForward",
         "moe": "sparse_lm.routing.experts:MoEFeedForward",
     },
     "router": {
         "top_k": "sparse_lm.routing.top_k:TopKRouter",
     },
     "projection": {
-        "dense": "sparse_lm.model.projection:DenseProjection",
+        "dense": "sparse_lm.layers.projection:DenseProjection",
     },
     "optimizer": {
         "adamw": "sparse_lm.train.optimizer:AdamW",
-        "muon": "sparse_lm.train.optimizer:Muon",
-        "adafactor": "sparse_lm.train.optimizer:Adafactor",
+        "muon": "sparse_lm.train.muon:Muon",
+        "adafactor": "sparse_lm.train.adafactor:Adafactor",
     },
     "schedule": {
         "constant": "sparse_lm.train.schedule:Constant",
@@ -44,8 +44,8 @@ TABLE: dict[str, dict[str, str]] = {
         "planted": "sparse_lm.data.synthetic:PlantedVocabulary",
     },
     "source": {
-        "packaged": "sparse_lm.data.corpus:Packaged",
-        "files": "sparse_lm.data.corpus:Files",
+        "packaged": "sparse_lm.data.packaged:Packaged",
+        "files": "sparse_lm.data.files:Files",
         "tfds": "sparse_lm.data.corpus:Tfds",
         "installed": "sparse_lm.data.installed:Installed",
         "biographies": "sparse_lm.data.synthetic:Biographies",

@@ -1,0 +1,172 @@
+"""From a data config to batches: prepare what is missing, then stream packed windows with an exact, portable state.
+
+The order of training is one global sequence of windows, a function of (dataset, seed, sequence length, weights) alone. Global batch n
+is windows n*B .. (n+1)*B; host h of H takes rows h::H of it. The state is the number of windows consumed, so a run resumes bitwise
+on any number of hosts.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from sparse_lm.config import Config, ConfigError, component, validate
+from sparse_lm.data import packing, storage
+from sparse_lm.data.dataset import Dataset
+from sparse_lm.data.packaged import Packaged
+from sparse_lm.data.prepare import prepare_dataset
+from sparse_lm.data.source import Source
+from sparse_lm.data.tokenizer import BPE, Tokenizer
+
+Batch = dict[str, np.ndarray]
+"""Arrays of shape [rows, sequence_length]; see docs/data.md."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Config):
+    """What to train on and how it is cut into batches."""
+
+    sources: tuple[Source, ...] = component("source", (Packaged(),))
+    """Where documents come from; mixed by their weights."""
+    tokenizer: Tokenizer = component("tokenizer", BPE())
+    """How text becomes token ids; a trained tokenizer learns from the training splits of all text sources."""
+    sequence_length: int = 512
+    """Tokens in a row of a batch, L."""
+    batch_size: int = 16
+    """Rows of a global batch, over all hosts."""
+    directory: str = "data"
+    """Prepared corpora, tokenizers and token shards are cached here, named by the hash of what they were made from."""
+    workers: int = 0
+    """Threads that prepare batches ahead; 0 prepares each batch when it is asked for. The batches are the same."""
+
+    def check(self) -> None:
+        self.require(len(self.sources) > 0, "sources", "at least one source")
+        self.require(self.sequence_length >= 2, "sequence_length", "at least 2")
+        self.require(self.batch_size >= 1, "batch_size", "at least 1")
+        self.require(0 <= self.workers <= 256, "workers", "0 to 256 threads")
+        self.require(bool(self.directory), "directory", "a folder name")
+
+
+def prepare(config: DataConfig, *, report: Callable[[str], Any] = print, processes: int = 1) -> Dataset:
+    """Builds what is missing of a dataset (corpora, tokenizer, token shards) and opens it.
+
+    Args:
+      config: the data config; it is validated first.
+      report: called with lines of text about what is built.
+      processes: processes that tokenize at once (spawned, so the caller's script needs an `if __name__ == "__main__"`).
+
+    Returns:
+      The dataset.
+
+    Raises:
+      ConfigError: for an impossible config.
+      MissingSource: if input is missing and no finished token shards of the same config are in the directory.
+    """
+    validate(config)
+    return prepare_dataset(
+        config.sources, config.tokenizer, pathlib.Path(config.directory).expanduser(), report=report, processes=processes
+    )
+
+
+def stream_identity(dataset: Dataset, config: DataConfig, seed: int) -> str:
+    """Returns the hash of all that decides the global order of windows."""
+    weights = [source.weight for source in config.sources]
+    return storage.content_key([1, dataset.hash, config.sequence_length, weights, seed])
+
+
+def windows(dataset: Dataset, config: DataConfig, seed: int) -> Any:
+    """Returns the endless global sequence of training windows as a grain.MapDataset."""
+    import grain
+
+    parts = [
+        grain.MapDataset.source(part.training_windows(config.sequence_length, dataset.tokenizer.end_of_text, (seed, number)))
+        for number, part in enumerate(dataset.parts)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return grain.MapDataset.mix(parts, [source.weight for source in config.sources])
+
+
+def train_stream(
+    dataset: Dataset, config: DataConfig, *, seed: int, host: int = 0, hosts: int = 1, state: dict[str, Any] | None = None
+) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    """Returns the endless stream of this host's training batches, each with the state after it.
+
+    Args:
+      dataset: from `prepare`.
+      config: its config.
+      seed: keys the order of documents and windows.
+      host: number of this host.
+      hosts: hosts that share the global batch.
+      state: a state that this function yielded (for any number of hosts, any batch size): continue after it.
+
+    Returns:
+      Iterator of (batch, state). Batch arrays have shape [batch_size // hosts, sequence_length]. The state is JSON-ready.
+
+    Raises:
+      ConfigError: if the batch does not divide over the hosts.
+      ValueError: if the state belongs to another dataset, seed, sequence length or mixture.
+    """
+    if hosts < 1 or config.batch_size % hosts:
+        raise ConfigError("batch_size", config.batch_size, f"a multiple of the number of hosts, {hosts}")
+    if not 0 <= host < hosts:
+        raise ValueError(f"host = {host}; allowed: 0 to {hosts - 1}")
+    identity = stream_identity(dataset, config, seed)
+    consumed = 0
+    if state is not None:
+        if state.get("stream") != identity:
+            raise ValueError(
+                f"the data state belongs to stream {state.get('stream')!r}, this run's stream is {identity!r}: the dataset, the seed, "
+                "sequence_length or the source weights differ; allowed: the ones the state was made with"
+            )
+        consumed = int(state["windows"])
+    return _batches(windows(dataset, config, seed), config, identity, consumed, host, hosts)
+
+
+def _batches(
+    sequence: Any, config: DataConfig, identity: str, consumed: int, host: int, hosts: int
+) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    import grain
+
+    mine = sequence[consumed + host :: hosts].batch(config.batch_size // hosts, drop_remainder=True)
+    options = grain.ReadOptions(num_threads=config.workers, prefetch_buffer_size=2 * config.workers)
+    for batch in mine.to_iter_dataset(options):
+        consumed += config.batch_size
+        yield batch, {"stream": identity, "windows": consumed}
+
+
+def validation_batches(
+    dataset: Dataset, config: DataConfig, domain: str, *, batch_size: int, max_tokens: int | None = None
+) -> Iterator[Batch]:
+    """Yields the validation documents of a domain once, in order, packed like training; the tail is padded with segment 0.
+
+    Args:
+      dataset: from `prepare`.
+      config: its config.
+      domain: one of dataset.domains.
+      batch_size: rows of each batch.
+      max_tokens: stop after the window that reaches this many tokens; None: all.
+
+    Yields:
+      Batches of shape [batch_size, sequence_length] with documents_BL beside the training arrays.
+
+    Raises:
+      ValueError: for an unknown domain.
+    """
+    end_of_text = dataset.tokenizer.end_of_text
+    rows: list[packing.Row] = []
+    limit = None if max_tokens is None else max(1, -(-max_tokens // config.sequence_length))
+    for number, row in enumerate(dataset.validation_rows(domain, config.sequence_length)):
+        if limit is not None and number >= limit:
+            break
+        rows.append(row)
+        if len(rows) == batch_size:
+            yield {name: np.stack([row[name] for row in rows]) for name in row}
+            rows = []
+    if rows:
+        empty = packing.row_from_pieces([np.zeros(0, np.int32)], [0], end_of_text, config.sequence_length, end_of_text)
+        empty["documents_BL"] = np.full(config.sequence_length, -1, np.int32)
+        rows += [empty] * (batch_size - len(rows))
+        yield {name: np.stack([row[name] for row in rows]) for name in empty}
