@@ -1,0 +1,53 @@
+# Every target makes its own virtual environment when it is missing or out of date.
+#   make PYTHON=/path/to/python3.12 ...   chooses the interpreter      make VENV=.venv-311 ...   keeps several side by side
+
+VENV ?= .venv
+WORKERS ?= 2
+export PYTHONUNBUFFERED := 1
+
+python := $(VENV)/bin/python
+ready := $(VENV)/.ready
+packages := $(patsubst %/__init__.py,%,$(wildcard sparse_lm/__init__.py pallas_kernels/__init__.py experiments/__init__.py))
+multidevice := $(wildcard tests/multidevice)
+fake_devices := XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=8"
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-all lint clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# An environment of another Python version than the one asked for is made anew.
+ifdef PYTHON
+ifneq ($(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>&1),$(shell cat $(ready) 2>/dev/null))
+.PHONY: $(ready)
+endif
+endif
+
+$(ready): setup.cfg pyproject.toml $(wildcard constraints/*)
+	@constraints/make_venv.sh $(VENV) $(PYTHON)
+
+quickstart: $(ready)  ## train a small sparse language model on real text and write its report
+	@$(python) scripts/pretrain.py quickstart
+	@echo "The report of the run: $(CURDIR)/runs/quickstart/report.html"
+
+test: $(ready)  ## the tests, without the slow ones
+	$(python) -m pytest -n $(WORKERS) -m "not slow" --ignore=tests/multidevice
+ifneq ($(multidevice),)
+	$(fake_devices) $(python) -m pytest -m "not slow" $(multidevice)
+endif
+
+test-all: $(ready)  ## every test, slow ones included
+	$(python) -m pytest -n $(WORKERS) --ignore=tests/multidevice
+ifneq ($(multidevice),)
+	$(fake_devices) $(python) -m pytest $(multidevice)
+endif
+
+lint: $(ready)  ## ruff (rules and format) and mypy
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy $(packages)
+
+clean:  ## remove the environment and caches; runs/ and data/ stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
