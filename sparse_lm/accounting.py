@@ -1,0 +1,111 @@
+"""Sums what each component says it costs: parameters (total and active), forward operations per token, bytes.
+
+Conventions, stated wherever the numbers are printed: a multiply-add is two operations; a training step costs three forward
+passes; causal attention counts half of the full score matrix (or its window); the embedding lookup counts no operations; the
+head counts; the mean number of experts per token counts, not their total.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from sparse_lm.model.transformer import Model
+
+FORMULA = (
+    "MFU = 3 x forward operations per token x tokens per second / peak operations per second; forward operations = "
+    "2 x (active matrix parameters with head, without embedding) + attention 4 x heads x head_dim x keys seen on average "
+    "(causal: half of the length) per layer"
+)
+
+
+class Cost(NamedTuple):
+    """One line of the account.
+
+    Attributes:
+      component: what is counted.
+      parameters: leaves of the parameter tree.
+      active_parameters: those a token passes through.
+      flops_per_token: forward floating-point operations of one token.
+      bytes: parameter bytes in float32.
+    """
+
+    component: str
+    parameters: int
+    active_parameters: int
+    flops_per_token: float
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """All lines of a model at one sequence length."""
+
+    rows: tuple[Cost, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Total parameters; equals the leaf count of the real tree."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters a token passes through."""
+        return sum(row.active_parameters for row in self.rows)
+
+    @property
+    def forward_flops(self) -> float:
+        """Forward operations per token."""
+        return sum(row.flops_per_token for row in self.rows)
+
+    @property
+    def train_flops(self) -> float:
+        """Operations per trained token: three forward passes, recomputation not counted."""
+        return 3.0 * self.forward_flops
+
+
+def mean_keys(length: int, window: int | None, *, causal_half: bool = True) -> float:
+    """Returns the keys that a query sees on average in a row of one document.
+
+    Args:
+      length: row length L.
+      window: attention window, or None.
+      causal_half: count causal attention as L / 2 (the field's convention); False counts all L keys.
+    """
+    if not causal_half:
+        return float(length)
+    if window is None or window >= length:
+        return length / 2
+    return window - window * window / (2 * length)
+
+
+def account(model: Model, length: int, *, causal_half: bool = True) -> Account:
+    """Counts a model at a sequence length.
+
+    Args:
+      model: the model's config.
+      length: sequence length, for attention.
+      causal_half: see `mean_keys`.
+    """
+    d_model, vocabulary = model.d_model, model.vocab_size
+    totals: dict[str, list[float]] = {}
+
+    def add(component: str, parameters: float, active: float, flops: float) -> None:
+        line = totals.setdefault(component, [0, 0, 0.0])
+        for i, value in enumerate((parameters, active, flops)):
+            line[i] += value
+
+    # The lookup reads one row: no operations. A tied table is the head's matrix as well and is counted once.
+    add("embedding", vocabulary * d_model, d_model, 0.0)
+    attention, scores = model.attention, 0.0
+    for layer in range(model.layers):
+        parameters, flops = attention.cost(d_model)
+        add("attention", parameters, parameters, flops)
+        keys = mean_keys(length, attention.window, causal_half=causal_half)
+        scores += 4.0 * attention.heads * attention.head_dim * keys
+        for component, line in model.feed_forward_of(layer).cost(d_model).items():
+            add(component, *line)
+        add("norms", 2 * d_model, 2 * d_model, 0.0)
+    add("attention_scores", 0, 0, scores)
+    add("norms", d_model, d_model, 0.0)
+    head = 0 if model.tied_embeddings else vocabulary * d_model
+    add("head", head, vocabulary * d_model, 2.0 * vocabulary * d_model)
+    return Account(tuple(Cost(name, int(p), int(a), f, 4 * int(p)) for name, (p, a, f) in totals.items()))

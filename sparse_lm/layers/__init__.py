@@ -1,0 +1,1 @@
+"""Layers below every mechanism: parameters with dims, projections, norms, the dense feed-forward."""

@@ -1,0 +1,67 @@
+"""The projection door: every weight matrix of the model is one of these, whatever stores it.
+
+A projection maps the last dimension of its input. With an expert batch dimension it maps rows sorted by expert. Nothing else in
+the model knows whether the matrix is dense or sparse.
+
+Legend: A rows sorted by expert, E experts, I inputs, O outputs.
+"""
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+from pallas_kernels.grouped_matmul import grouped_matmul
+from sparse_lm.config import Config
+from sparse_lm.layers.parameter import declare
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Projection(Config):
+    """Base of the projection components."""
+
+    def build(self, inputs: int, outputs: int, dims: tuple[str, str], *, experts: int = 0) -> "nnx.Module":
+        """Builds the module.
+
+        Args:
+          inputs: size of the contracted dimension.
+          outputs: size of the produced dimension.
+          dims: logical names of the two.
+          experts: number of matrices; 0 for a single one without the batch dimension.
+
+        Returns:
+          A module with `__call__(x_..I) -> y_..O` and, for experts, `grouped(x_AI, group_sizes_E) -> y_AO`.
+        """
+        raise NotImplementedError
+
+    def cost(self, inputs: int, outputs: int) -> tuple[int, int]:
+        """Returns (parameters, forward floating-point operations per row) of one matrix."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseProjection(Projection):
+    """A dense matrix."""
+
+    def build(self, inputs: int, outputs: int, dims: tuple[str, str], *, experts: int = 0) -> "DenseMatrix":
+        """See Projection.build."""
+        return DenseMatrix(inputs, outputs, dims, experts)
+
+    def cost(self, inputs: int, outputs: int) -> tuple[int, int]:
+        """See Projection.cost."""
+        return inputs * outputs, 2 * inputs * outputs
+
+
+class DenseMatrix(nnx.Module):
+    """A dense weight matrix [I, O], or [E, I, O] for experts; computes in the input's dtype."""
+
+    def __init__(self, inputs: int, outputs: int, dims: tuple[str, str], experts: int):
+        batch_shape, batch_dims = ((experts,), ("experts",)) if experts else ((), ())
+        self.weight = declare((*batch_shape, inputs, outputs), (*batch_dims, *dims))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.weight[...].astype(x.dtype)
+
+    def grouped(self, x_AI: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+        """Multiplies each expert's rows by its matrix; rows past the sum of sizes give zeros."""
+        return grouped_matmul(x_AI, self.weight[...].astype(x_AI.dtype), group_sizes_E)

@@ -1,0 +1,168 @@
+"""A model as data: its graph, the trees of shapes, dims and initial kinds, and the pure functions that use them.
+
+Legend: B batch, L length, D model, V vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sparse_lm.layers.feed_forward import Aux, TokenInfo
+from sparse_lm.layers.parameter import RUN_KEY, map_leaves, materialize
+from sparse_lm.model import loss
+from sparse_lm.model.transformer import Cache, Model, Transformer
+from sparse_lm.routing.router import ModelState
+from sparse_lm.train.parametrization import initial_scales
+
+Tree = dict[str, Any]
+Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """Everything about a model but its values.
+
+    Attributes:
+      config: the model's config.
+      graph: the NNX graph, split once.
+      shapes: nested dict of parameter shapes; stacked runs carry the leading layers dimension.
+      dims: nested dict of logical dims.
+      inits: nested dict of kinds of initial value.
+      state_shapes: nested dict of shapes of the model state.
+      state_dims: nested dict of its logical dims.
+    """
+
+    config: Model
+    graph: Any
+    shapes: Tree
+    dims: Tree
+    inits: Tree
+    state_shapes: Tree
+    state_dims: Tree
+
+    def parameters(self) -> int:
+        """Returns the number of parameters: the leaf count of the real tree."""
+        return sum(int(np.prod(shape)) for shape in jax.tree.leaves(self.shapes, is_leaf=lambda s: isinstance(s, tuple)))
+
+    def initial_params(self, key: jax.Array) -> Tree:
+        """Draws the parameters, float32."""
+        scales = initial_scales(self.config.parametrization, self.dims, self.shapes)
+        return materialize(key, self.shapes, self.inits, scales)
+
+    def initial_state(self) -> Tree:
+        """Returns the initial model state: zeros."""
+        return map_leaves(lambda _, shape: jnp.zeros(shape, jnp.float32), self.state_shapes)
+
+    def hidden(
+        self, params: Tree, model_state: Tree, info: TokenInfo, cache: dict[str, Cache] | None = None
+    ) -> tuple[jax.Array, jax.Array, Aux, dict[str, Cache] | None]:
+        """Returns (final hidden states [B, L, D], head [D, V] float32, Aux, updated cache)."""
+        model = nnx.merge(self.graph, params, model_state)
+        h_BLD, aux, cache = model(info, cache)
+        return h_BLD, model.head_weight(), aux, cache
+
+    def logits_multiplier(self) -> float:
+        """Factor on the raw logits."""
+        return self.config.parametrization.logits_multiplier(self.config.d_model)
+
+    def logits(self, params: Tree, model_state: Tree, info: TokenInfo, cache: Any = None) -> tuple[jax.Array, Any]:
+        """Returns (logits float32 [B, L, V], updated cache): for generation and small tests."""
+        h_BLD, head_DV, _, cache = self.hidden(params, model_state, info, cache)
+        raw = jnp.einsum("bld,dv->blv", h_BLD, head_DV.astype(h_BLD.dtype), preferred_element_type=jnp.float32)
+        raw = raw * self.logits_multiplier()
+        cap = self.config.logit_softcap
+        return (raw if cap is None else cap * jnp.tanh(raw / cap)), cache
+
+    def token_losses(self, params: Tree, model_state: Tree, batch: Batch) -> tuple[jax.Array, Aux]:
+        """Returns (cross-entropy of every position [B, L], Aux): for evaluation."""
+        h_BLD, head_DV, aux, _ = self.hidden(params, model_state, token_info(batch))
+        losses_BL = loss.token_losses(
+            h_BLD, head_DV, batch["targets_BL"], softcap=self.config.logit_softcap, multiplier=self.logits_multiplier()
+        )
+        return losses_BL * (batch["segments_BL"] > 0), aux
+
+    def objective(
+        self, params: Tree, model_state: Tree, batch: Batch, units: dict[str, jax.Array], key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Computes one microbatch's share of the training objective.
+
+        Args:
+          params: parameters.
+          model_state: model state.
+          batch: one microbatch.
+          units: number of valid tokens and routing groups of the whole step: shares of microbatches then add exactly.
+          key: key of this microbatch.
+
+        Returns:
+          (objective, {"metrics": (sum, count) pairs, "statistics"}), all additive over microbatches.
+        """
+        h_BLD, head_DV, aux, _ = self.hidden(params, model_state, token_info(batch, key))
+        mask_BL = (batch["segments_BL"] > 0).astype(jnp.float32)
+        objective, entropy = loss.cross_entropy(
+            h_BLD,
+            head_DV,
+            batch["targets_BL"],
+            mask_BL,
+            self.config.logit_softcap,
+            self.logits_multiplier(),
+            self.config.z_coefficient,
+        )
+        total = (objective + aux.objective["tokens"]) / units["tokens"] + aux.objective["groups"] / units["groups"]
+        metrics = {"loss": (entropy, jnp.sum(mask_BL)), "blocks": aux.metrics}
+        return total, {"metrics": jax.lax.stop_gradient(metrics), "statistics": jax.lax.stop_gradient(aux.statistics)}
+
+    def units(self, batch: Batch) -> dict[str, jax.Array]:
+        """Returns the valid tokens and the routing groups with a valid token of a whole batch, at least 1 each."""
+        valid_BL = batch["segments_BL"] > 0
+        sequences = self.group_sequences()
+        groups = jnp.any(valid_BL.reshape(max(1, valid_BL.shape[0] // sequences), -1), axis=-1)
+        return {
+            "tokens": jnp.maximum(jnp.sum(valid_BL, dtype=jnp.float32), 1.0),
+            "groups": jnp.maximum(jnp.sum(groups, dtype=jnp.float32), 1.0),
+        }
+
+    def group_sequences(self) -> int:
+        """Sequences in one routing group; the same in every routed layer."""
+        sizes = {getattr(forward, "group_sequences", 1) for _, forward in self.config.runs() if hasattr(forward, "router")}
+        return max(sizes, default=1)
+
+
+def token_info(batch: Batch, key: jax.Array | None = None) -> TokenInfo:
+    """Returns what blocks know of a batch's tokens."""
+    return TokenInfo(batch["tokens_BL"], batch["positions_BL"], batch["segments_BL"], key)
+
+
+def define(config: Model) -> Definition:
+    """Builds the abstract model; no array is made."""
+    model = nnx.eval_shape(lambda: Transformer(config))
+    graph, params, state = nnx.split(model, nnx.Param, ModelState)
+
+    def collect(tree: nnx.State, what: str) -> Tree:
+        out: Tree = {}
+        for path, variable in nnx.to_flat_state(tree):
+            match = next((m for part in path if (m := RUN_KEY.match(str(part)))), None)
+            size = int(match[2]) - int(match[1]) + 1 if match else 0
+            value = {
+                "shapes": ((size,) if size else ()) + tuple(variable.get_raw_value().shape),
+                "dims": (("layers",) if size else ()) + tuple(variable.get_metadata("dims")),
+                "inits": variable.get_metadata("init") if variable.has_metadata("init") else "zeros",
+            }[what]
+            node = out
+            for part in path[:-1]:
+                node = node.setdefault(str(part), {})
+            node[str(path[-1])] = value
+        return out
+
+    return Definition(
+        config=config,
+        graph=graph,
+        shapes=collect(params, "shapes"),
+        dims=collect(params, "dims"),
+        inits=collect(params, "inits"),
+        state_shapes=collect(state, "shapes"),
+        state_dims=collect(state, "dims"),
+    )

@@ -1,0 +1,199 @@
+"""The model: a decoder-only transformer, who calls whom.
+
+tokens -> embedding -> blocks (stacked runs are scanned, others unrolled) -> final norm -> hidden states.
+The head is applied by the loss (model/loss.py), in chunks.
+
+Legend: B batch, L length, D model, V vocabulary.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparse_lm.config import Config, ConfigError, component
+from sparse_lm.layers.feed_forward import Aux, DenseFeedForward, FeedForward, TokenInfo
+from sparse_lm.layers.norm import RMSNorm
+from sparse_lm.layers.parameter import RUN_KEY, declare
+from sparse_lm.model.attention import Attention, Cache, rotary_angles
+from sparse_lm.model.block import Block
+from sparse_lm.train.parametrization import Parametrization, Standard
+
+SAVED_NAMES = ("query", "key", "value", "attention", "gate", "up", "router_plan")
+"""Names of intermediate values that remat can keep."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model(Config):
+    """A decoder-only transformer."""
+
+    vocab_size: int = 8192
+    """Rows of the embedding; at least the tokenizer's vocabulary. Multiples of 128 are fast."""
+    d_model: int = 256
+    """Size D of the residual stream."""
+    layers: int = 4
+    """Number of blocks."""
+    attention: Attention = Attention()
+    """Self-attention of every block."""
+    leading: tuple[FeedForward, ...] = component("feed_forward", ())
+    """Feed-forwards of the first blocks, before the pattern starts."""
+    pattern: tuple[FeedForward, ...] = component("feed_forward", (DenseFeedForward(),))
+    """Feed-forwards of the remaining blocks, repeated in this order."""
+    tied_embeddings: bool = False
+    """Use the embedding as output head."""
+    logit_softcap: float | None = None
+    """Cap c of c * tanh(logits / c) (Gemma 2, arXiv 2408.00118, section 2); None: no cap."""
+    z_coefficient: float = 0.0
+    """Weight of the output z-loss."""
+    norm_epsilon: float = 1e-6
+    """Epsilon of every RMS norm."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of activations and matrix products; parameters are float32."""
+    execution: Literal["scanned", "unrolled"] = "unrolled"
+    """Runs of equal blocks: scanned compiles in constant time, unrolled runs faster."""
+    remat: Literal["none", "names", "block"] = "none"
+    """What the backward pass recomputes: nothing, all but `saved_names`, or all of each block."""
+    saved_names: tuple[Literal["query", "key", "value", "attention", "gate", "up", "router_plan"], ...] = SAVED_NAMES
+    """Values kept when remat = names."""
+    parametrization: Parametrization = component("parametrization", Standard())
+    """Initial scales and learning-rate multipliers by path."""
+
+    def check(self) -> None:
+        """See Config.check."""
+        for name in ("vocab_size", "d_model", "layers"):
+            self.require(getattr(self, name) >= 1, name, "at least 1")
+        self.require(len(self.pattern) >= 1, "pattern", "at least one feed-forward")
+        self.require(len(self.leading) <= self.layers, "leading", f"at most as many feed-forwards as layers ({self.layers})")
+        self.require(self.logit_softcap is None or self.logit_softcap > 0, "logit_softcap", "None or above 0")
+        self.require(self.z_coefficient >= 0, "z_coefficient", "0 or above")
+        self.require(0 < self.norm_epsilon < 1, "norm_epsilon", "between 0 and 1")
+        if self.remat == "names" and not self.saved_names:
+            raise ConfigError("saved_names", self.saved_names, f"at least one of {', '.join(SAVED_NAMES)} (or remat = block)")
+
+    def feed_forward_of(self, layer: int) -> FeedForward:
+        """Returns the feed-forward of one block."""
+        if layer < len(self.leading):
+            return self.leading[layer]
+        return self.pattern[(layer - len(self.leading)) % len(self.pattern)]
+
+    def runs(self) -> list[tuple[str, FeedForward]]:
+        """Returns (name, feed-forward) of each run of blocks as held in memory: "3", or "0_to_5" for a stacked run."""
+        blocks = [self.feed_forward_of(layer) for layer in range(self.layers)]
+        if self.execution == "unrolled":
+            return [(str(layer), block) for layer, block in enumerate(blocks)]
+        runs, first = [], 0
+        for block, members in itertools.groupby(blocks):
+            size = len(list(members))
+            runs.append((str(first) if size == 1 else f"{first}_to_{first + size - 1}", block))
+            first += size
+        return runs
+
+    @property
+    def dtype(self) -> Any:
+        """The compute dtype."""
+        return jnp.dtype(self.compute_dtype)
+
+
+class Transformer(nnx.Module):
+    """Maps tokens to final hidden states."""
+
+    def __init__(self, config: Model):
+        self.config = config
+        vocabulary, d_model, epsilon = config.vocab_size, config.d_model, config.norm_epsilon
+        scale = config.parametrization.attention_scale(config.attention.head_dim)
+        self.embedding = declare((vocabulary, d_model), ("vocab", "embed"))
+        self.blocks = nnx.Dict(
+            {name: Block(config.attention, forward, d_model, scale, epsilon) for name, forward in config.runs()}
+        )
+        self.final_norm = RMSNorm(d_model, epsilon=epsilon)
+        self.head = None if config.tied_embeddings else declare((d_model, vocabulary), ("embed", "vocab"))
+
+    def head_weight(self) -> jax.Array:
+        """Returns the output head, float32 [D, V]."""
+        return self.embedding[...].T if self.head is None else self.head[...]
+
+    def __call__(
+        self, info: TokenInfo, cache: dict[str, Cache] | None = None
+    ) -> tuple[jax.Array, Aux, dict[str, Cache] | None]:
+        """Computes final hidden states.
+
+        Args:
+          info: tokens with positions and segments, [B, L].
+          cache: keys and values by run, from `empty_cache`; None in training.
+
+        Returns:
+          (hidden states [B, L, D] in the compute dtype, Aux, the updated cache).
+        """
+        config = self.config
+        x_BLD = self.embedding[...].at[info.tokens_BL].get(mode="clip").astype(config.dtype)
+        angles = rotary_angles(info.positions_BL, config.attention.head_dim, config.attention.rope_theta)
+        reports: dict[str, Aux] = {}
+        caches: dict[str, Cache] = {}
+        for name, block in self.blocks.items():
+            graph, state = nnx.split(block)
+
+            def apply(state: Any, x_BLD: jax.Array, cache: Cache | None, graph: Any = graph) -> Any:
+                return nnx.merge(graph, state)(x_BLD, info, angles, cache)
+
+            apply = _with_remat(apply, config)
+            run_cache = cache[name] if cache is not None else None
+            if RUN_KEY.match(name):
+
+                def body(x_BLD: jax.Array, layer: Any, apply: Callable = apply) -> Any:
+                    x_BLD, aux, layer_cache = apply(layer[0], x_BLD, layer[1])
+                    return x_BLD, (aux, layer_cache)
+
+                x_BLD, (aux, run_cache) = jax.lax.scan(body, x_BLD, (state, run_cache))
+            else:
+                x_BLD, aux, run_cache = apply(state, x_BLD, run_cache)
+            reports[name] = aux
+            if cache is not None:
+                caches[name] = run_cache
+        return self.final_norm(x_BLD), _merge_reports(reports), caches if cache is not None else None
+
+
+def _with_remat(apply: Callable, config: Model) -> Callable:
+    if config.remat == "none":
+        return apply
+    if config.remat == "block":
+        return jax.checkpoint(apply)
+    return jax.checkpoint(apply, policy=jax.checkpoint_policies.save_only_these_names(*config.saved_names))
+
+
+def _merge_reports(reports: dict[str, Aux]) -> Aux:
+    """Sums objectives over blocks; metrics and statistics keep the name of their run."""
+    objective = {
+        unit: sum(jnp.sum(aux.objective[unit]) for aux in reports.values()) for unit in ("tokens", "groups")
+    }
+    metrics = {name: aux.metrics for name, aux in reports.items() if aux.metrics}
+    statistics = {name: {"feed_forward": aux.statistics} for name, aux in reports.items() if aux.statistics}
+    return Aux(objective, metrics, {"blocks": statistics} if statistics else {})
+
+
+def empty_cache(config: Model, batch: int, length: int) -> dict[str, Cache]:
+    """Returns a cache of `length` positions for every run of blocks."""
+    attention, caches = config.attention, {}
+    for name, _ in config.runs():
+        match = RUN_KEY.match(name)
+        stacked = (int(match[2]) - int(match[1]) + 1,) if match else ()
+        shape = (*stacked, batch, length, attention.key_heads, attention.head_dim)
+        zeros = jnp.zeros(shape, config.dtype)
+        caches[name] = Cache(zeros, zeros, jnp.zeros(stacked, jnp.int32))
+    return caches
+
+
+def advance(config: Model, model_state: dict[str, Any], statistics: dict[str, Any]) -> dict[str, Any]:
+    """Returns the next model state from the statistics of the whole step. Called once a step; evaluation never calls it."""
+    if not model_state:
+        return model_state
+    blocks = dict(model_state["blocks"])
+    for name, feed_forward in config.runs():
+        if name in blocks:
+            router = blocks[name]["feed_forward"]["router"]
+            counts_E = statistics["blocks"][name]["feed_forward"]["router"]
+            blocks[name] = {"feed_forward": {"router": feed_forward.router.advance(router, counts_E)}}
+    return {**model_state, "blocks": blocks}

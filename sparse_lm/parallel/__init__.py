@@ -1,0 +1,1 @@
+"""Meshes and the one table from logical dims to mesh axes."""

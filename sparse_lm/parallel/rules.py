@@ -1,0 +1,78 @@
+"""The one table from logical dims to mesh axes, and the shardings that follow from it."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sparse_lm.layers.parameter import map_leaves
+
+RULES: dict[str, str | None] = {
+    "layers": None,
+    "experts": "expert",
+    "embed": "fsdp",
+    "ffn": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "vocab": "tensor",
+    "routes": None,
+    "members": None,
+}
+"""Logical dim -> mesh axis; None keeps the dim whole."""
+
+BATCH_AXES = ("data", "fsdp", "expert")
+"""Mesh axes that split the sequences of a batch."""
+
+
+def spec_of(dims: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Returns the partition of an array: each dim on its axis, whole where the axis does not divide it."""
+    axes: list[str | None] = []
+    for dim, size in zip(dims, shape, strict=True):
+        axis = RULES[dim]
+        usable = axis is not None and axis not in axes and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
+        axes.append(axis if usable else None)
+    return P(*axes)
+
+
+def shardings(dims: Any, shapes: Any, mesh: Mesh) -> Any:
+    """Returns the NamedShardings of nested dicts of dims and shapes."""
+    return map_leaves(lambda _, d, s: NamedSharding(mesh, spec_of(d, s, mesh)), dims, shapes)
+
+
+def undivided(dims: Any, shapes: Any, mesh: Mesh) -> list[str]:
+    """Names the dims that a mesh axis should split but does not divide, for the run's start table."""
+    found: list[str] = []
+
+    def leaf(path: str, leaf_dims: tuple[str, ...], shape: tuple[int, ...]) -> None:
+        for dim, size in zip(leaf_dims, shape, strict=True):
+            axis = RULES[dim]
+            if axis is not None and mesh.shape[axis] > 1 and size % mesh.shape[axis]:
+                found.append(f"{path}: {dim} = {size} is whole on {axis} = {mesh.shape[axis]}")
+
+    map_leaves(leaf, dims, shapes)
+    return found
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of [B, L] batches: sequences over data, fsdp and expert, positions over context."""
+    return NamedSharding(mesh, P(BATCH_AXES, "context"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding that keeps an array whole on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Returns the number of pieces that a batch is split into along its sequences."""
+    size = 1
+    for axis in BATCH_AXES:
+        size *= mesh.shape[axis]
+    return size
+
+
+def place(tree: Any, target: Any) -> Any:
+    """Puts a tree of arrays where a matching tree of shardings says."""
+    return jax.tree.map(jax.device_put, tree, target)

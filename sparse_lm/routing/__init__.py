@@ -1,0 +1,1 @@
+"""Routing: routers make plans, dispatch executes them, experts compute."""

@@ -1,0 +1,106 @@
+"""The mixture-of-experts feed-forward: router, plan, dispatch, experts, optional shared expert.
+
+Legend: B batch, L length, D model, F ffn, E experts, A assignments, G routing groups, S tokens of a group.
+"""
+
+import dataclasses
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from sparse_lm.config import component
+from sparse_lm.layers.feed_forward import Activation, Aux, DenseFeedForward, FeedForward, TokenInfo, activate
+from sparse_lm.layers.projection import DenseProjection, Projection
+from sparse_lm.routing.dispatch import dispatch_local
+from sparse_lm.routing.router import Router, RouterInputs, RouterLayer
+from sparse_lm.routing.top_k import TopKRouter
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEFeedForward(FeedForward):
+    """Routed experts, dropless, with an optional shared expert every token passes through."""
+
+    experts: int = 8
+    """Number of routed experts E."""
+    hidden: int = 512
+    """Hidden size F of one expert."""
+    shared_hidden: int = 0
+    """Hidden size of the shared expert (Dai et al. 2024, arXiv 2401.06066); 0: none."""
+    activation: Activation = "swiglu"
+    """Activation of the experts."""
+    group_sequences: int = 1
+    """Sequences in one routing group; balance losses are means over groups, and groups are never split by a shard."""
+    router: Router = component("router", TopKRouter())
+    """Who sends tokens to experts."""
+    projection: Projection = component("projection", DenseProjection())
+    """What stores the matrices."""
+
+    def check(self) -> None:
+        """See Config.check."""
+        self.require(self.experts >= 1, "experts", "at least 1")
+        self.require(self.hidden >= 1, "hidden", "at least 1")
+        self.require(self.shared_hidden >= 0, "shared_hidden", "0 (none) or above")
+        self.require(self.group_sequences >= 1, "group_sequences", "at least 1")
+        self.router.check_experts(self.experts)
+
+    def shared(self) -> DenseFeedForward:
+        """The shared expert as a dense feed-forward."""
+        return DenseFeedForward(hidden=self.shared_hidden, activation=self.activation, projection=self.projection)
+
+    def build(self, d_model: int) -> "MoELayer":
+        """See FeedForward.build."""
+        return MoELayer(self, d_model)
+
+    def cost(self, d_model: int) -> dict[str, tuple[int, int, float]]:
+        """See FeedForward.cost."""
+        into, into_flops = self.projection.cost(d_model, self.hidden)
+        out, out_flops = self.projection.cost(self.hidden, d_model)
+        gates = 2 if self.activation == "swiglu" else 1
+        one, k = gates * into + out, self.router.experts_per_token(self.experts)
+        rows = {
+            "experts": (self.experts * one, round(k * one), k * (gates * into_flops + out_flops)),
+            "router": (d_model * self.experts, d_model * self.experts, 2.0 * d_model * self.experts),
+        }
+        if self.shared_hidden:
+            rows["shared_expert"] = self.shared().cost(d_model)["feed_forward"]
+        return rows
+
+
+class MoELayer(nnx.Module):
+    """Mixture-of-experts layer."""
+
+    def __init__(self, config: MoEFeedForward, d_model: int):
+        self.config = config
+        into, out = ("embed", "ffn"), ("ffn", "embed")
+        build = config.projection.build
+        self.router = RouterLayer(config.router, d_model, config.experts)
+        self.gate = build(d_model, config.hidden, into, experts=config.experts)
+        self.up = (
+            build(d_model, config.hidden, into, experts=config.experts) if config.activation == "swiglu" else None
+        )
+        self.down = build(config.hidden, d_model, out, experts=config.experts)
+        self.shared = config.shared().build(d_model) if config.shared_hidden else None
+
+    def experts(self, x_AD: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+        """Applies each expert to its rows."""
+        gate_AF = checkpoint_name(self.gate.grouped(x_AD, group_sizes_E), "gate")
+        up_AF = checkpoint_name(self.up.grouped(x_AD, group_sizes_E), "up") if self.up is not None else None
+        return self.down.grouped(activate(gate_AF, up_AF, self.config.activation), group_sizes_E)
+
+    def __call__(self, x_BLD: jax.Array, info: TokenInfo) -> tuple[jax.Array, Aux]:
+        batch, length, d_model = x_BLD.shape
+        groups = max(1, batch // self.config.group_sequences)
+
+        def grouped(a: jax.Array) -> jax.Array:
+            return a.reshape(groups, -1, *a.shape[2:])
+
+        inputs = RouterInputs(grouped(info.tokens_BL), grouped(info.segments_BL) > 0, grouped(info.segments_BL), info.key)
+        routing = self.router(grouped(x_BLD), inputs)
+        y_TD = dispatch_local(x_BLD.reshape(-1, d_model), routing.plan, self.experts)
+        y_BLD = y_TD.reshape(batch, length, d_model)
+        if self.shared is not None:
+            y_BLD = y_BLD + self.shared(x_BLD, info)[0]
+        statistics = {"router": routing.metrics["load"][0]} if self.router.state_names else {}
+        return y_BLD, Aux(routing.objective, routing.metrics, statistics)
+

@@ -1,0 +1,132 @@
+"""Everything that training changes, in one plain tree; its initial value, dims and layout on disk."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparse_lm.layers.parameter import RUN_KEY, map_leaves
+from sparse_lm.model.definition import Definition
+from sparse_lm.train.optimizer import state_dims
+
+Tree = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """State of a run, or of one member of a population (then every leaf has a leading members dimension).
+
+    Attributes:
+      step: int32, updates applied or skipped so far.
+      params: nested dict, all that is differentiated, float32.
+      opt_state: nested dict.
+      model_state: nested dict of router biases and the like: no gradient, no decay.
+      tables: nested dict of lookup tables and their optimizer slots.
+      ema: nested dict like params, or {} when no average is kept.
+      key: uint32 key data; every random number of a run is folded from (key, step, microbatch).
+      skipped: int32, steps skipped in a row because of a NaN or an infinity.
+    """
+
+    step: jax.Array
+    params: Tree
+    opt_state: Tree
+    model_state: Tree
+    tables: Tree
+    ema: Tree
+    key: jax.Array
+    skipped: jax.Array
+
+
+def initial_state(
+    definition: Definition, optimizer: optax.GradientTransformation, seed: jax.Array | int, *, with_ema: bool
+) -> TrainState:
+    """Draws the state of step 0 from a seed. Pure; run it under jit with the state's shardings."""
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    params = definition.initial_params(init_key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        model_state=definition.initial_state(),
+        tables={},
+        ema=params if with_ema else {},
+        key=jax.random.key_data(run_key),
+        skipped=jnp.zeros((), jnp.int32),
+    )
+
+
+def dims_of(definition: Definition, state: TrainState) -> TrainState:
+    """Returns the logical dims of every leaf of an (abstract) state of one member."""
+    return TrainState(
+        step=(),
+        params=definition.dims,
+        opt_state=state_dims(state.opt_state, definition.dims),
+        model_state=definition.state_dims,
+        tables={},
+        ema=definition.dims if state.ema else {},
+        key=(None,),
+        skipped=(),
+    )
+
+
+def unstack(tree: Any, axis: int) -> Any:
+    """Renders nested dicts with unrolled block names, the layout on disk: "0_to_2": [3, ...] becomes "0", "1", "2".
+
+    Args:
+      tree: nested dicts of arrays.
+      axis: position of the layers dimension in stacked leaves (1 under a population).
+    """
+    if not isinstance(tree, dict):
+        return tree
+    out: Tree = {}
+    for key, value in tree.items():
+        match = RUN_KEY.match(key)
+        if match is None:
+            out[key] = unstack(value, axis)
+            continue
+        first, last = int(match[1]), int(match[2])
+        for n in range(first, last + 1):
+            out[str(n)] = jax.tree.map(lambda leaf, n=n: jax.lax.index_in_dim(leaf, n - first, axis, False), value)
+    return out
+
+
+def stack(tree: Any, like: Any, axis: int) -> Any:
+    """The inverse of `unstack`: stacks blocks into the runs that `like` has."""
+    if not isinstance(like, dict):
+        return tree
+    out: Tree = {}
+    for key, value in like.items():
+        match = RUN_KEY.match(key)
+        if match is None:
+            out[key] = stack(tree[key], value, axis)
+        else:
+            members = [tree[str(n)] for n in range(int(match[1]), int(match[2]) + 1)]
+            out[key] = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *members)
+    return out
+
+
+def unrolled(state: TrainState, axis: int = 0) -> Tree:
+    """Returns a state as nested dicts with unrolled names."""
+    return {
+        field.name: unstack(getattr(state, field.name), axis) for field in dataclasses.fields(state)
+    }
+
+
+def rolled(tree: Tree, like: TrainState, axis: int = 0) -> TrainState:
+    """Returns the state in the layout of `like` from nested dicts with unrolled names."""
+    return TrainState(
+        **{
+            field.name: stack(tree[field.name], getattr(like, field.name), axis)
+            for field in dataclasses.fields(like)
+        }
+    )
+
+
+def leaf_paths(tree: Any) -> list[str]:
+    """Returns the dotted paths of nested dicts, sorted."""
+    paths: list[str] = []
+    map_leaves(lambda path, _: paths.append(path), tree)
+    return sorted(paths)

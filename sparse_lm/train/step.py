@@ -1,0 +1,134 @@
+"""The training step: one pure function of (state, batch, learning-rate multiplier), with no branch per mechanism.
+
+Phases: gradients, summed over microbatches; update of the parameters; advance of the model state. A step whose loss or gradient
+is not finite changes nothing but the step number and the count of skipped steps.
+
+Legend: B batch, L length, M microbatches.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.config import Config
+from sparse_lm.model.definition import Batch, Definition
+from sparse_lm.model.transformer import advance
+from sparse_lm.train.optimizer import Optimizer, ema_update, global_norm_by_group
+from sparse_lm.train.parametrization import learning_rate_scales
+from sparse_lm.train.state import TrainState
+
+PULSE = ("loss", "grad_norm", "learning_rate", "skipped", "tokens")
+"""The scalars that the loop reads of every step, in one array."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(Config):
+    """Length and numerics of the training run."""
+
+    steps: int = 1000
+    """Updates of the whole schedule."""
+    microbatches: int = 1
+    """Pieces of a batch whose gradients are summed before the update; results do not depend on it."""
+    clip_norm: float | None = 1.0
+    """Global gradient norm above which gradients are scaled down; None: never. Tables are not counted."""
+    ema_decay: float | None = None
+    """Decay of an exponential moving average of the parameters; None: no average."""
+    skip_limit: int = 10
+    """Steps in a row that may be skipped for a NaN or infinity before the run stops."""
+
+    def check(self) -> None:
+        """See Config.check."""
+        self.require(self.steps >= 1, "steps", "at least 1")
+        self.require(self.microbatches >= 1, "microbatches", "at least 1")
+        self.require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "None or above 0")
+        self.require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", "None or between 0 and 1")
+        self.require(self.skip_limit >= 0, "skip_limit", "0 or above")
+
+
+def split_microbatches(batch: Batch, microbatches: int, group_sequences: int) -> Batch:
+    """Splits [B, L] arrays into [M, B / M, L] so that every shard keeps its rows and no routing group is cut."""
+
+    def split(a_BL: jax.Array) -> jax.Array:
+        grouped = a_BL.reshape(-1, microbatches, group_sequences, *a_BL.shape[1:])
+        return jnp.moveaxis(grouped, 1, 0).reshape(microbatches, -1, *a_BL.shape[1:])
+
+    return {name: split(array) for name, array in batch.items()}
+
+
+def gradients(
+    definition: Definition, params: Any, model_state: Any, batch: Batch, microbatches: int, key: jax.Array
+) -> tuple[jax.Array, Any, dict[str, Any]]:
+    """Returns (objective, gradient, {"metrics", "statistics"}) of a whole batch, equal for every number of microbatches."""
+    units = definition.units(batch)
+
+    def value_and_grad(part: Batch, index: jax.Array | int) -> Any:
+        part_key = jax.random.fold_in(key, index)
+        objective = jax.value_and_grad(definition.objective, has_aux=True)
+        return objective(params, model_state, part, units, part_key)
+
+    if microbatches == 1:
+        (objective, aux), grads = value_and_grad(batch, 0)
+        return objective, grads, aux
+    parts = split_microbatches(batch, microbatches, definition.group_sequences())
+    first = jax.tree.map(lambda a: a[0], parts)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(value_and_grad, first, 0))
+
+    def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(*part)), None
+
+    ((objective, aux), grads), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(microbatches)))
+    return objective, grads, aux
+
+
+def build_step(
+    definition: Definition, optimizer: Optimizer, train: Train
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
+    """Builds the pure step.
+
+    Returns:
+      step(state, batch, multiplier) -> (state, metrics). `multiplier` scales the learning rate (1 outside populations).
+      metrics: {"pulse": float32 array in the order of PULSE, "group_norms": {group: norm}, "blocks": (sum, count) pairs}.
+    """
+    scales = learning_rate_scales(definition.config.parametrization, optimizer, definition.dims, definition.shapes)
+    transformation = optimizer.build(definition.dims, scales)
+
+    def step(state: TrainState, batch: Batch, multiplier: jax.Array) -> tuple[TrainState, dict[str, Any]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        _, grads, aux = gradients(definition, state.params, state.model_state, batch, train.microbatches, key)
+        group_norms = global_norm_by_group(grads, depth=2)
+        norm = jnp.sqrt(sum(jnp.square(n) for n in group_norms.values()))
+        loss_sum, loss_count = aux["metrics"]["loss"]
+        loss = loss_sum / jnp.maximum(loss_count, 1.0)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        # The clipping factor and the mask of a skipped step are one multiplication, fused into the update.
+        clip = 1.0 if train.clip_norm is None else jnp.minimum(1.0, train.clip_norm / jnp.maximum(norm, 1e-12))
+        grads = jax.tree.map(lambda g: jnp.where(finite, g * clip, 0.0), grads)
+        learning_rate = optimizer.schedule_at(state.step, train.steps) * optimizer.learning_rate * multiplier
+        updates, opt_state = transformation.update(grads, state.opt_state, state.params)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        rate = jnp.where(finite, learning_rate, 0.0)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        ema = state.ema
+        if train.ema_decay is not None:
+            ema = keep(ema_update(ema, params, train.ema_decay, state.step), ema)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=keep(opt_state, state.opt_state),
+            model_state=keep(advance(definition.config, state.model_state, aux["statistics"]), state.model_state),
+            tables=state.tables,
+            ema=ema,
+            key=state.key,
+            skipped=jnp.where(finite, 0, state.skipped + 1),
+        )
+        pulse = jnp.stack([loss, norm, learning_rate, new_state.skipped.astype(jnp.float32), loss_count])
+        return new_state, {"pulse": pulse, "group_norms": group_norms, "blocks": aux["metrics"]["blocks"]}
+
+    return step
