@@ -157,9 +157,11 @@ class MuP(Parametrization):
         if role(dims) not in ("matrix", "router") or optimizer_kind == "muon_spectral":
             return 1.0
         multiplier = self.width_multiplier(path, dims, shape)
-        if optimizer_kind in ("muon_adam_rms", "adafactor"):
-            # Both updates already shrink: Muon's by its spectral norm, relative Adafactor's by the size of the weights.
+        if optimizer_kind == "muon_adam_rms":
             return 1.0 / math.sqrt(multiplier)
+        if optimizer_kind == "adafactor":
+            # A relative update shrinks with its weights: as 1 / sqrt(m) in a matrix, as 1 / m in the router.
+            return 1.0 if role(dims) == "router" else 1.0 / math.sqrt(multiplier)
         return 1.0 / multiplier
 
     def logits_multiplier(self, d_model: int) -> float:
