@@ -104,12 +104,15 @@ def _builder_class() -> Any:
 
         def _generate_examples(self, documents: Iterator[Document]) -> Iterator[tuple[int, dict[str, str]]]:
             for number, document in enumerate(documents):
-                yield number, {
-                    "id": document.key,
-                    "text": document.text,
-                    "domain": document.domain,
-                    "license": document.license,
-                }
+                yield (
+                    number,
+                    {
+                        "id": document.key,
+                        "text": document.text,
+                        "domain": document.domain,
+                        "license": document.license,
+                    },
+                )
 
     return SparseLmText
 
@@ -183,12 +186,16 @@ class Tfds(Source):
 
     def check(self) -> None:
         super().check()
-        self.require(bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:\d+\.\d+\.\d+)?", self.name)), "name", "name[/config][:1.2.3]")
+        self.require(
+            bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:\d+\.\d+\.\d+)?", self.name)), "name", "name[/config][:1.2.3]"
+        )
         self.require(self.train_split != self.validation_split, "validation_split", "a split other than train_split")
         self.require(bool(self.text_field), "text_field", "the name of a text feature")
         for field in ("train_split", "validation_split"):
             pattern = r"\w+(\[-?\d*%?:-?\d*%?\])?"
-            self.require(bool(re.fullmatch(pattern, getattr(self, field))), field, "a TFDS split such as train or train[:99%]")
+            self.require(
+                bool(re.fullmatch(pattern, getattr(self, field))), field, "a TFDS split such as train or train[:99%]"
+            )
 
     def locate(self) -> pathlib.Path:
         """Returns the version directory.

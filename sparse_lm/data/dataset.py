@@ -9,12 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from sparse_lm.data import packing, storage
+from sparse_lm.data.planted import UNLIMITED, PlantedPart
 from sparse_lm.data.shards import TokenShards
 from sparse_lm.data.source import SPLITS, Split
 from sparse_lm.data.tokenizer import Encoder
-
-UNLIMITED = 1 << 62
-"""Training tokens of a dataset with a generated source, which never repeats."""
 
 
 class Part(Protocol):
@@ -118,6 +116,19 @@ class Dataset:
         for part in self.parts:
             yield from part.validation_rows(domain, length, self.tokenizer.end_of_text, numbers_from)
             numbers_from += part.count(domain, "validation")
+
+    def truth_rows(self, domain: str, length: int) -> Iterator[packing.Row]:
+        """Yields optimal_nats_BL and answers_BL of the windows of `validation_rows`, for planted domains.
+
+        Raises:
+          ValueError: for a domain with text sources, or under a tokenizer other than `planted`.
+        """
+        self._known(domain)
+        for part in self.parts:
+            if isinstance(part, PlantedPart):
+                yield from part.truth_rows(domain, length)
+            elif part.count(domain, "validation"):
+                raise ValueError(f"domain {domain!r} is text: its optimal loss is unknown")
 
     def text(self, domain: str, split: Split) -> list[str]:
         """Returns the documents of a domain and split as text, decoded from the token shards."""

@@ -16,8 +16,10 @@ from sparse_lm.config import Config, ConfigError, component, validate
 from sparse_lm.data import packing, storage
 from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.packaged import Packaged
+from sparse_lm.data.planted import PlantedSource
 from sparse_lm.data.prepare import prepare_dataset
 from sparse_lm.data.source import Source
+from sparse_lm.data.synthetic import PlantedVocabulary
 from sparse_lm.data.tokenizer import BPE, Tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -47,6 +49,13 @@ class DataConfig(Config):
         self.require(self.batch_size >= 1, "batch_size", "at least 1")
         self.require(0 <= self.workers <= 256, "workers", "0 to 256 threads")
         self.require(bool(self.directory), "directory", "a folder name")
+        planted = [source for source in self.sources if isinstance(source, PlantedSource)]
+        if isinstance(self.tokenizer, PlantedVocabulary):
+            self.require(len(planted) == len(self.sources), "tokenizer", "a text tokenizer, because a source is text")
+            longest = max(source.document_length + 1 for source in planted)
+            self.require(
+                self.sequence_length >= longest, "sequence_length", f"at least {longest}, a document of the sources"
+            )
 
 
 def prepare(config: DataConfig, *, report: Callable[[str], Any] = print, processes: int = 1) -> Dataset:
@@ -66,7 +75,11 @@ def prepare(config: DataConfig, *, report: Callable[[str], Any] = print, process
     """
     validate(config)
     return prepare_dataset(
-        config.sources, config.tokenizer, pathlib.Path(config.directory).expanduser(), report=report, processes=processes
+        config.sources,
+        config.tokenizer,
+        pathlib.Path(config.directory).expanduser(),
+        report=report,
+        processes=processes,
     )
 
 
@@ -81,7 +94,9 @@ def windows(dataset: Dataset, config: DataConfig, seed: int) -> Any:
     import grain
 
     parts = [
-        grain.MapDataset.source(part.training_windows(config.sequence_length, dataset.tokenizer.end_of_text, (seed, number)))
+        grain.MapDataset.source(
+            part.training_windows(config.sequence_length, dataset.tokenizer.end_of_text, (seed, number))
+        )
         for number, part in enumerate(dataset.parts)
     ]
     if len(parts) == 1:
@@ -90,7 +105,13 @@ def windows(dataset: Dataset, config: DataConfig, seed: int) -> Any:
 
 
 def train_stream(
-    dataset: Dataset, config: DataConfig, *, seed: int, host: int = 0, hosts: int = 1, state: dict[str, Any] | None = None
+    dataset: Dataset,
+    config: DataConfig,
+    *,
+    seed: int,
+    host: int = 0,
+    hosts: int = 1,
+    state: dict[str, Any] | None = None,
 ) -> Iterator[tuple[Batch, dict[str, Any]]]:
     """Returns the endless stream of this host's training batches, each with the state after it.
 
@@ -155,6 +176,8 @@ def validation_batches(
     Raises:
       ValueError: for an unknown domain.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size}; allowed: at least 1")
     end_of_text = dataset.tokenizer.end_of_text
     rows: list[packing.Row] = []
     limit = None if max_tokens is None else max(1, -(-max_tokens // config.sequence_length))

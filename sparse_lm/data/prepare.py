@@ -6,12 +6,13 @@ shards a config led to, so that a machine without the input, or without tensorfl
 
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from sparse_lm.data import corpus, shards, storage
 from sparse_lm.data.corpus import Corpus, Tfds
 from sparse_lm.data.dataset import Dataset, Part, StoredPart
+from sparse_lm.data.planted import PlantedPart, PlantedSource
 from sparse_lm.data.source import MissingSource, Source, TextSource
 from sparse_lm.data.tokenizer import BPE, Encoder, Tokenizer
 
@@ -26,18 +27,25 @@ def open_corpus(source: Source, directory: pathlib.Path, report: Report) -> Corp
     return corpus.write_corpus(source, directory / "corpus", report)
 
 
-def training_texts(corpora: Sequence[Corpus], limit: int) -> Iterator[str]:
-    """Yields training documents of all corpora, evenly thinned to about `limit` bytes."""
+def training_texts(corpora: Sequence[Corpus], planted: Sequence[PlantedSource], limit: int) -> Iterator[str]:
+    """Yields training documents of all corpora, evenly thinned to about `limit` bytes, and some of each planted source."""
     total = sum(c.size("train")[1] for c in corpora)
     stride = max(1, -(-total // limit))
     for one in corpora:
         records = one.open("train")
         for index in range(0, len(records), stride):
             yield records[index].text
+    for source in planted:
+        yield from source.texts(source.draw("train", 4096, 0))
 
 
 def prepare_dataset(
-    sources: tuple[Source, ...], tokenizer: Tokenizer, directory: pathlib.Path, *, report: Report = print, processes: int = 1
+    sources: tuple[Source, ...],
+    tokenizer: Tokenizer,
+    directory: pathlib.Path,
+    *,
+    report: Report = print,
+    processes: int = 1,
 ) -> Dataset:
     """Builds what is missing and opens the dataset; see `sparse_lm.data.pipeline.prepare`."""
     request = [[source.identity() for source in sources], tokenizer.fingerprint()]
@@ -79,22 +87,28 @@ def _build(
     tokenizer_name = f"tokenizers/{storage.content_key([tokenizer.fingerprint(), learned_from, corpus.VERSION])}.json"
     tokenizer_path = directory / tokenizer_name
     if not tokenizer_path.exists():
-        limit = tokenizer.training_bytes if isinstance(tokenizer, BPE) else 0
-        if tokenizer.trained:
+        planted = [source for source in sources if isinstance(source, PlantedSource)]
+        texts: Iterable[str] = ()
+        if isinstance(tokenizer, BPE):
             report(f"tokenizer: training {type(tokenizer).__name__} into {tokenizer_path}")
-        texts = training_texts([corpus_of(i) for i in range(len(sources))], limit) if tokenizer.trained else ()
-        tokenizer.build(tokenizer_path, texts)
+            stored = [corpus_of(i) for i, source in enumerate(sources) if not isinstance(source, PlantedSource)]
+            texts = training_texts(stored, planted, tokenizer.training_bytes)
+        tokenizer.build(tokenizer_path, texts, [symbol for source in planted for symbol in source.symbols()])
     encoder_hash = storage.sha256(tokenizer_path)
-    parts = []
+    parts: list[str | None] = []
     for number, fingerprint in enumerate(fingerprints):
+        if isinstance(sources[number], PlantedSource):
+            parts.append(None)
+            continue
         key = storage.content_key([fingerprint, corpus.VERSION, encoder_hash, shards.FORMAT])
-        parts.append(f"tokens/{key}")
-        if not (directory / parts[-1] / "manifest.json").exists():
+        name = f"tokens/{key}"
+        parts.append(name)
+        if not (directory / name / "manifest.json").exists():
             shards.tokenize(
                 corpus_of(number),
                 tokenizer,
                 tokenizer_path,
-                directory / parts[-1],
+                directory / name,
                 processes=processes,
                 identity=fingerprint,
                 report=report,
@@ -105,10 +119,18 @@ def _build(
 def _open(sources: tuple[Source, ...], found: dict[str, Any], tokenizer: Tokenizer, directory: pathlib.Path) -> Dataset:
     encoder: Encoder = tokenizer.load(directory / found["tokenizer"])
     names: dict[str, None] = {}
-    for part in found["parts"]:
-        names.update(dict.fromkeys(json.loads((directory / part / "manifest.json").read_text())["domains"]))
+    for source, part in zip(sources, found["parts"], strict=True):
+        if isinstance(source, PlantedSource):
+            names[source.domain_name] = None
+        else:
+            names.update(dict.fromkeys(json.loads((directory / part / "manifest.json").read_text())["domains"]))
     domains = tuple(names)
-    parts: list[Part] = [StoredPart(directory / part, domains) for part in found["parts"]]
+    parts: list[Part] = []
+    for source, part in zip(sources, found["parts"], strict=True):
+        if isinstance(source, PlantedSource):
+            parts.append(PlantedPart(source, encoder, domains.index(source.domain_name)))
+        else:
+            parts.append(StoredPart(directory / part, domains))
     return Dataset(encoder, tuple(parts), domains)
 
 
@@ -127,4 +149,7 @@ def summary(dataset: Dataset) -> list[str]:
             lines.append(f"data: {domain}: {100 * counts['share']:.2f}% of validation 13-grams occur in training")
         if not part.get("bytes_exact", True):
             lines.append("data: bytes per token are approximate for this tokenizer: bits per byte are estimates")
+        if "optimum" in part:
+            known = ", ".join(f"{name} {value:.4g}" for name, value in part["optimum"].items())
+            lines.append(f"data: {', '.join(part['domains'])}: generated without end; {known}")
     return lines

@@ -119,7 +119,9 @@ def write_shard(job: Job) -> str:
     return job.stem.name
 
 
-def plan_jobs(corpus: Corpus, tokenizer: Tokenizer, tokenizer_path: pathlib.Path, directory: pathlib.Path) -> dict[Split, list[Job]]:
+def plan_jobs(
+    corpus: Corpus, tokenizer: Tokenizer, tokenizer_path: pathlib.Path, directory: pathlib.Path
+) -> dict[Split, list[Job]]:
     """Cuts each split into shards of about equal numbers of documents, by the corpus's size alone."""
     jobs: dict[Split, list[Job]] = {}
     for split in SPLITS:
@@ -211,7 +213,9 @@ def _manifest(jobs: dict[Split, list[Job]], encoder: Encoder, targets: np.ndarra
                 owner_of_gram = np.repeat(index["domains"], index["gram_counts"]) if split == "validation" else None
                 for number, domain in enumerate(index["domain_names"].tolist()):
                     mine = index["domains"] == number
-                    entry = counts.setdefault(domain, {s: {"documents": 0, "bytes": 0, "tokens": 0} for s in SPLITS})[split]
+                    entry = counts.setdefault(domain, {s: {"documents": 0, "bytes": 0, "tokens": 0} for s in SPLITS})[
+                        split
+                    ]
                     entry["documents"] += int(mine.sum())
                     entry["bytes"] += int(index["text_bytes"][mine].sum())
                     entry["tokens"] += int(index["lengths"][mine].sum())
@@ -249,7 +253,9 @@ class TokenShards:
             with np.load(directory / f"{name}.npz") as index:
                 lengths.append(index["lengths"])
                 text_bytes.append(index["text_bytes"])
-                renumber = np.array([domains.index(domain) for domain in index["domain_names"].tolist()] or [0], np.int8)
+                renumber = np.array(
+                    [domains.index(domain) for domain in index["domain_names"].tolist()] or [0], np.int8
+                )
                 domain_numbers.append(renumber[index["domains"]])
             starts.append(np.cumsum(lengths[-1]) - lengths[-1])
             shard_of.append(np.full(len(lengths[-1]), number, np.int32))
@@ -257,7 +263,9 @@ class TokenShards:
             dtype = np.dtype(manifest["dtype"])
             expected = int(lengths[-1].sum()) * dtype.itemsize
             if path.stat().st_size != expected:
-                raise ValueError(f"{path} has {path.stat().st_size} bytes, its index says {expected}; delete {directory} and prepare again")
+                raise ValueError(
+                    f"{path} has {path.stat().st_size} bytes, its index says {expected}; delete {directory} and prepare again"
+                )
             # A plain view: slicing np.memmap itself costs ten times as much.
             self._arrays.append(np.asarray(np.memmap(path, dtype, "r")) if expected else np.zeros(0, dtype))
         self.lengths_d = np.concatenate(lengths)

@@ -46,6 +46,10 @@ class Encoder:
         """Returns the text of ids; special ids are skipped, broken UTF-8 is replaced."""
         raise NotImplementedError
 
+    def ids_of(self, symbols: Sequence[str]) -> np.ndarray | None:
+        """Returns the id of each planted symbol, or None when symbols are not single tokens of this vocabulary."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokenizer(Config):
@@ -57,11 +61,17 @@ class Tokenizer(Config):
 
     @property
     def trained(self) -> bool:
-        """Whether `build` reads the training texts (and the tokenizer therefore depends on the corpus)."""
+        """Whether `build` uses the sources (and the tokenizer file therefore depends on them)."""
         return False
 
-    def build(self, path: pathlib.Path, texts: Iterable[str]) -> None:
-        """Writes the tokenizer file atomically; `texts` is only iterated when `trained`."""
+    def build(self, path: pathlib.Path, texts: Iterable[str], symbols: Sequence[str]) -> None:
+        """Writes the tokenizer file atomically.
+
+        Args:
+          path: the file to write.
+          texts: training documents; iterated only when `trained`.
+          symbols: the words of planted sources.
+        """
         raise NotImplementedError
 
     def load(self, path: pathlib.Path) -> Encoder:
@@ -90,7 +100,7 @@ class ByteEncoder(Encoder):
 class Bytes(Tokenizer):
     """Raw UTF-8 bytes: 256 ids and end_of_text."""
 
-    def build(self, path: pathlib.Path, texts: Iterable[str]) -> None:
+    def build(self, path: pathlib.Path, texts: Iterable[str], symbols: Sequence[str]) -> None:
         storage.write_atomically(path, json.dumps({"tokenizer": "bytes", "version": 1}).encode())
 
     def load(self, path: pathlib.Path) -> Encoder:
@@ -144,7 +154,9 @@ class SubwordEncoder(Encoder):
         if self._bytes is None:
             return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         table = self._bytes
-        return b"".join([table[i] for i in (ids.tolist() if isinstance(ids, np.ndarray) else ids)]).decode(errors="replace")
+        return b"".join([table[i] for i in (ids.tolist() if isinstance(ids, np.ndarray) else ids)]).decode(
+            errors="replace"
+        )
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -171,7 +183,7 @@ class BPE(Tokenizer):
     def trained(self) -> bool:
         return True
 
-    def build(self, path: pathlib.Path, texts: Iterable[str]) -> None:
+    def build(self, path: pathlib.Path, texts: Iterable[str], symbols: Sequence[str]) -> None:
         from tokenizers import Tokenizer as Library
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -214,7 +226,7 @@ class HuggingFace(Tokenizer):
             "end_of_text": self.end_of_text,
         }
 
-    def build(self, path: pathlib.Path, texts: Iterable[str]) -> None:
+    def build(self, path: pathlib.Path, texts: Iterable[str], symbols: Sequence[str]) -> None:
         storage.write_atomically(path, pathlib.Path(self.path).expanduser().read_bytes())
 
     def load(self, path: pathlib.Path) -> Encoder:
