@@ -14,6 +14,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     # Dense matrix products, no structured sparsity, full-power parts, from the vendors' data sheets. NVIDIA's float32 is TF32, the
     # rate of JAX's default precision. The first entry whose name occurs in the device kind counts: longer names come first.
+    ("GB200", {"bfloat16": 2500e12, "float32": 1250e12}),
     ("B200", {"bfloat16": 2250e12, "float32": 1125e12}),
     ("H200", {"bfloat16": 989e12, "float32": 494e12}),
     ("H100 PCIe", {"bfloat16": 756e12, "float32": 378e12}),
@@ -28,7 +29,6 @@ PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     ("TPU v5", {"bfloat16": 459e12}),
     ("TPU v6 lite", {"bfloat16": 918e12}),
     ("TPU v6e", {"bfloat16": 918e12}),
-    ("TPU7x", {"bfloat16": 2307e12}),
 )
 
 
@@ -62,7 +62,9 @@ def _git(*arguments: str) -> str | None:
     if not (here / ".git").exists():
         return None
     try:
-        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -83,7 +83,9 @@ def plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     array = np.asarray(value)
     if array.dtype == object:
-        raise ValueError(f"a metric of type {type(value).__name__} cannot be written: {value!r}; allowed: numbers, text, arrays")
+        raise ValueError(
+            f"a metric of type {type(value).__name__} cannot be written: {value!r}; allowed: numbers, text, arrays"
+        )
     if array.ndim:
         return [plain(item) for item in array]
     if array.dtype.kind not in "fV":  # "V": bfloat16 and the other narrow floats
