@@ -7,9 +7,13 @@ import functools
 import jax
 
 from pallas_kernels.backend import Backend, dispatch
-from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.grouped_matmul import mosaic_gpu, reference, xla
 
-_OPERANDS = {"product": ("x", "w"), "weight_gradient": ("x", "dy"), "swiglu": ("x", "gate", "up")}
+_OPERANDS = {
+    "product": ("x", "w", None, "row_index", "output_index"),
+    "weight_gradient": ("x", "dy", None, "row_index", "output_index"),
+    "swiglu": ("x", "gate", "up", None, "row_index"),
+}
 
 
 def _always(shapes, dtypes, device_kind):
@@ -18,19 +22,23 @@ def _always(shapes, dtypes, device_kind):
 
 
 def _backends(operation: str, static: dict) -> tuple[Backend, ...]:
+    def bound(module):
+        return functools.partial(getattr(module, operation), **static)
+
+    transpose = static.get("transpose", False)
     return (
-        Backend("xla", None, _always, functools.partial(getattr(xla, operation), **static)),
         Backend(
-            "reference", None, _always, functools.partial(getattr(reference, operation), **static), by_default=False
+            "mosaic_gpu", ("cuda",), functools.partial(mosaic_gpu.supports, operation, transpose), bound(mosaic_gpu)
         ),
+        Backend("xla", None, _always, bound(xla)),
+        Backend("reference", None, _always, bound(reference), by_default=False),
     )
 
 
 def run(operation: str, *arguments: jax.Array, backend: str | None = None, **static):
     """Run one grouped product through the backend asked for, or the best one for the platform that is lowered for."""
-    names = _OPERANDS[operation]
-    shapes = {name: array.shape for name, array in zip(names, arguments)}
-    dtypes = {name: array.dtype for name, array in zip(names, arguments)}
+    named = {name: a for name, a in zip(_OPERANDS[operation], arguments) if name is not None and a is not None}
+    shapes, dtypes = ({name: getattr(a, field) for name, a in named.items()} for field in ("shape", "dtype"))
     return dispatch(
         f"grouped_{operation}", _backends(operation, static), arguments, shapes=shapes, dtypes=dtypes, backend=backend
     )

@@ -93,7 +93,9 @@ def _store_chunk(value, out_g, row, column, own, end, tiled_s, plain_s):
 
             @pl.when(part != 0)
             def _(offset=offset, height=height):
-                plgpu.copy_smem_to_gmem(plain_s.at[pl.ds(offset, height)], out_g.at[pl.ds(row + offset, height), columns])
+                plgpu.copy_smem_to_gmem(
+                    plain_s.at[pl.ds(offset, height)], out_g.at[pl.ds(row + offset, height), columns]
+                )
 
             offset = offset + part
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

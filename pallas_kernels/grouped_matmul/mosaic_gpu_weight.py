@@ -71,7 +71,9 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
 
         def place(item):
             g = lax.div(item, jnp.int32(m_tiles * n_tiles))
-            m, n = plgpu.planar_snake(lax.rem(item, jnp.int32(m_tiles * n_tiles)), (m_tiles, n_tiles), tiles.minor, tiles.width)
+            m, n = plgpu.planar_snake(
+                lax.rem(item, jnp.int32(m_tiles * n_tiles)), (m_tiles, n_tiles), tiles.minor, tiles.width
+            )
             return g, m, n
 
         def produce(item, step):

@@ -71,9 +71,10 @@ def test_vmap_with_gather_and_scatter(batched_index, batched_x):
 def test_vmap_of_swiglu_with_one_shared_weight():
     x, gate, sizes = problem()
     up = gate[0] + 1
-    f = lambda x, gate, up, sizes, backend=None: jnp.sum(
-        jnp.sin(grouped_swiglu(x, gate, up, sizes, backend=backend, **OPTIONS))
-    )
+
+    def f(x, gate, up, sizes, backend=None):
+        return jnp.sum(jnp.sin(grouped_swiglu(x, gate, up, sizes, backend=backend, **OPTIONS)))
+
     grad = jax.grad(f, argnums=(0, 1, 2))
     actual = jax.vmap(grad, (0, 0, None, 0))(x, gate, up, sizes)
     expected = jax.tree.map(
@@ -89,7 +90,9 @@ def test_remat_and_scan_change_nothing():
         y, _ = jax.lax.scan(lambda h, _: (step(h, w), None), x, None, length=2)
         return jnp.sum(jnp.sin(y))
 
-    plain = lambda h, w: grouped_matmul(h, w, sizes, **OPTIONS)
+    def plain(h, w):
+        return grouped_matmul(h, w, sizes, **OPTIONS)
+
     assert np.array_equal(jax.grad(stack)(w, plain), jax.grad(stack)(w, jax.checkpoint(plain)))
 
 

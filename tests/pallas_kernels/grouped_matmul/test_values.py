@@ -120,10 +120,16 @@ def test_gather_equals_gather_before(with_inverse):
     sizes = sizes.at[3].add(-5)  # the last five rows are dropped
     x, w, _ = inputs(4, 60, 4, 16, 24)
     dy = jax.random.normal(jax.random.key(9), (120, 24))
-    fused = lambda x, w: grouped_matmul(
-        x, w, sizes, row_index_A=token, inverse_TS=inverse if with_inverse else None, **XLA
-    )
-    plain = lambda x, w: grouped_matmul(x[token], w, sizes, backend="reference")
+    places = inverse if with_inverse else None
+
+    @jax.jit
+    def fused(x, w):
+        return grouped_matmul(x, w, sizes, row_index_A=token, inverse_TS=places, **XLA)
+
+    @jax.jit
+    def plain(x, w):
+        return grouped_matmul(x[token], w, sizes, backend="reference")
+
     (y, vjp), (expected, expected_vjp) = jax.vjp(fused, x, w), jax.vjp(plain, x, w)
     assert error(y, expected) <= 1e-6
     for actual, wanted in zip(vjp(dy), expected_vjp(dy)):
@@ -144,9 +150,11 @@ def test_scatter_equals_scatter_after(backend):
         "precision": "highest",
     }
     kept = (jnp.arange(120) < sizes.sum())[:, None]
-    plain = lambda x, w: (
-        jnp.zeros((130, 24)).at[order].set(jnp.where(kept, grouped_matmul(x[token], w, sizes, backend="reference"), 0))
-    )
+
+    def plain(x, w):
+        y = jnp.where(kept, grouped_matmul(x[token], w, sizes, backend="reference"), 0)
+        return jnp.zeros((130, 24)).at[order].set(y)
+
     (y, vjp), (expected, expected_vjp) = (
         jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, **options), x, w),
         jax.vjp(plain, x, w),
@@ -169,8 +177,11 @@ def test_swiglu_equals_two_products(backend, dtype):
         products = [grouped_matmul(x, w, sizes, **index, backend="reference") for w in (gate, up)]
         return jax.nn.silu(products[0]) * products[1]
 
-    fused = lambda *a: grouped_swiglu(*a, sizes, **index, backend=backend, precision="highest")
-    h, vjp = jax.vjp(jax.jit(fused), x, gate, up)
+    @jax.jit
+    def fused(*weights):
+        return grouped_swiglu(*weights, sizes, **index, backend=backend, precision="highest")
+
+    h, vjp = jax.vjp(fused, x, gate, up)
     expected, expected_vjp = jax.vjp(plain, *(a.astype(jnp.float32) for a in (x, gate, up)))
     assert error(h, expected) <= TOLERANCE[dtype]
     assert error(fused(x, gate, up), expected) <= TOLERANCE[dtype]

@@ -1,0 +1,260 @@
+"""Times the grouped products against dense products of equal FLOPs, `torch._grouped_mm`, `lax.ragged_dot` and the roofline.
+
+    python -m pallas_kernels.benchmark.grouped table          all shapes, uniform and Zipf groups; prints and writes JSON
+    python -m pallas_kernels.benchmark.grouped tune           every tile candidate of every product: the autotuner
+    python -m pallas_kernels.benchmark.grouped check          values on this device, ragged groups, poisoned memory
+
+Device time by CUPTI, torch's kernels included, all in one process. Weights and rows are fully random (zeros run faster). Legend: A rows, E experts, K, N dims.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.benchmark.timing import compile_all, has_device_timer, time_all
+from pallas_kernels.grouped_matmul import grouped_matmul, reference
+from pallas_kernels.grouped_matmul import groups as row_groups
+
+SHAPES = {
+    "E8": (65536, 4096, 14336, 8),
+    "E64": (65536, 2048, 1024, 64),
+    "E128": (131072, 2048, 768, 128),
+    "cpu": (65536, 512, 1024, 64),
+}
+PEAK = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}  # bf16 FLOP/s and bytes/s of the data sheets
+
+
+def sizes_of(skew: str, rows: int, experts: int) -> np.ndarray:
+    """Group sizes: equal, or falling as 1 / rank and in no way aligned."""
+    if skew == "uniform":
+        return np.full(experts, rows // experts, np.int32)
+    share = 1 / np.arange(1, experts + 1)
+    bounds = np.round(np.cumsum(share / share.sum()) * rows).astype(np.int32)
+    return np.diff(bounds, prepend=0).astype(np.int32)
+
+
+def problem(shape: str, skew: str, dtype=jnp.bfloat16):
+    """x [A, K], w [E, K, N], dy [A, N], sizes [E]."""
+    rows, inner, outer, experts = SHAPES[shape]
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (rows, inner), dtype)
+    w = jax.random.normal(keys[1], (experts, inner, outer), dtype) * 0.02
+    return (
+        x,
+        w.astype(dtype),
+        jax.random.normal(keys[2], (rows, outer), dtype),
+        jnp.asarray(sizes_of(skew, rows, experts)),
+    )
+
+
+def products(backend=None):
+    """The three products of a training step as functions of (x, w, dy, sizes)."""
+
+    def forward(x, w, dy, sizes):
+        return grouped_matmul(x, w, sizes, backend=backend)
+
+    def dx(x, w, dy, sizes):
+        return jax.vjp(lambda x: grouped_matmul(x, w, sizes, backend=backend), x)[1](dy)[0]
+
+    def dw(x, w, dy, sizes):
+        return jax.vjp(lambda w: grouped_matmul(x, w, sizes, backend=backend), w)[1](dy)[0]
+
+    return {"forward": forward, "dx": dx, "dw": dw}
+
+
+def dense(x, w, dy):
+    """Dense products of equal FLOPs with the first expert's (random) weight."""
+    return {
+        "forward": (lambda x, w: x @ w, (x, w[0])),
+        "dx": (lambda dy, w: dy @ w.T, (dy, w[0])),
+        "dw": (lambda x, dy: x.T @ dy, (x, dy)),
+    }
+
+
+def torch_products(x, w, dy, sizes):
+    """`torch._grouped_mm` on the same memory; each call waits for the device, whose kernels alone are timed."""
+    import torch
+
+    tx, tw, tdy = (torch.from_dlpack(a) for a in (x, w, dy))
+    offsets = torch.from_dlpack(jnp.cumsum(sizes, dtype=jnp.int32))
+    calls = {
+        "forward": lambda: torch._grouped_mm(tx, tw, offs=offsets),
+        "dx": lambda: torch._grouped_mm(tdy, tw.transpose(-2, -1), offs=offsets),
+        "dw": lambda: torch._grouped_mm(tx.t(), tdy, offs=offsets),
+    }
+
+    def waiting(call):
+        call()
+        torch.cuda.synchronize()
+
+    return {name: functools.partial(waiting, call) for name, call in calls.items()}
+
+
+def candidates():
+    """Tile sizes the autotuner tries: name -> (product tiles, weight tiles)."""
+    from pallas_kernels.grouped_matmul.mosaic_gpu_product import ProductTiles
+    from pallas_kernels.grouped_matmul.mosaic_gpu_weight import WeightTiles
+
+    found = {}
+    for (bm, bn), (minor, width) in ((t, o) for t in ((128, 256), (256, 128)) for o in ((0, 8), (1, 4), (0, 32))):
+        found[f"{bm}x{bn} minor{minor} width{width}"] = (
+            ProductTiles(bm, bn, minor=minor, width=width),
+            WeightTiles(bm, bn, minor=minor, width=width),
+        )
+    return found
+
+
+def tile_functions(product_tiles, weight_tiles):
+    """The three products by the Hopper kernels with given tiles."""
+    from pallas_kernels.grouped_matmul.mosaic_gpu_product import grouped_product
+    from pallas_kernels.grouped_matmul.mosaic_gpu_weight import grouped_weight_gradient
+
+    ctas = jax.devices()[0].core_count
+    of = row_groups.contiguous
+    return {
+        "forward": lambda x, w, dy, s: grouped_product(x, (w,), of(s), tiles=product_tiles, ctas=ctas)[0],
+        "dx": lambda x, w, dy, s: grouped_product(dy, (w,), of(s), tiles=product_tiles, transpose=True, ctas=ctas)[0],
+        "dw": lambda x, w, dy, s: grouped_weight_gradient(x, dy, of(s), tiles=weight_tiles, ctas=ctas),
+    }
+
+
+def roofline(shape: str, itemsize: int) -> float:
+    """Seconds: the larger of FLOPs over peak and bytes over bandwidth; 0 on devices without an entry."""
+    rows, inner, outer, experts = SHAPES[shape]
+    peak = next((p for kind, p in PEAK.items() if kind in jax.devices()[0].device_kind), None)
+    moved = itemsize * (rows * inner + rows * outer + experts * inner * outer)
+    return max(2 * rows * inner * outer / peak[0], moved / peak[1]) if peak else 0.0
+
+
+def measure(shape: str, skews, functions, dtype, report, iterations: int, rounds: int):
+    """Time dense, torch and our functions of one shape in turn; one report row per group sizes, product and implementation."""
+    rows, inner, outer, _ = SHAPES[shape]
+    flops = 2 * rows * inner * outer
+    x, w, dy, sizes = problem(shape, skews[0], dtype)
+    todo = {f"dense|{n}": fa for n, fa in dense(x, w, dy).items()}
+    todo |= {f"{label}|{n}": (f, (x, w, dy, sizes)) for label, group in functions.items() for n, f in group.items()}
+    compiled, failed = compile_all(todo, threads=12)
+    for name, message in failed.items():
+        print("FAILED", shape, name, message, flush=True)
+    for skew in skews:
+        sizes = jnp.asarray(sizes_of(skew, *(SHAPES[shape][i] for i in (0, 3))))
+        ready = {n: (f, todo[n][1] if n.startswith("dense") else (x, w, dy, sizes)) for n, f in compiled.items()}
+        if has_device_timer():
+            with contextlib.suppress(ImportError):
+                ready |= {f"torch|{n}": (f, ()) for n, f in torch_products(x, w, dy, sizes).items()}
+        for name, timing in time_all(ready, iterations=iterations, rounds=rounds).items():
+            label, product = name.split("|")
+            memory = compiled[name].memory_analysis().temp_size_in_bytes if name in compiled else None
+            report.append(
+                {
+                    "shape": shape,
+                    "skew": skew,
+                    "product": product,
+                    "label": label,
+                    "seconds": timing.median,
+                    "spread": timing.spread,
+                    "tflops": flops / timing.median / 1e12,
+                    "roofline": roofline(shape, x.dtype.itemsize) / timing.median,
+                    "temporary_bytes": memory,
+                }
+            )
+
+
+def show(report):
+    """A table: per problem and product, time, TFLOP/s and ratios to dense and torch (above 1: faster than they)."""
+    base = {(r["label"], r["shape"], r["product"], r["skew"]): r["seconds"] for r in report}
+    print(
+        f"{'shape':5s} {'skew':7s} {'product':7s} {'what':26s} {'ms':>9s} {'TF/s':>6s} {'/dense':>6s} {'/torch':>6s} {'/roof':>5s} {'spread':>6s} {'temp MB':>8s}"
+    )
+    for r in sorted(report, key=lambda r: (r["shape"], r["skew"], r["product"], r["seconds"])):
+        dense_s = base.get(("dense", r["shape"], r["product"], r["skew"]), float("nan"))
+        torch_s = base.get(("torch", r["shape"], r["product"], r["skew"]), float("nan"))
+        memory = "" if r["temporary_bytes"] is None else f"{r['temporary_bytes'] / 1e6:8.1f}"
+        print(
+            f"{r['shape']:5s} {r['skew']:7s} {r['product']:7s} {r['label']:26s} {r['seconds'] * 1e3:9.3f} {r['tflops']:6.1f} {dense_s / r['seconds']:6.2f} "
+            f"{torch_s / r['seconds']:6.2f} {r['roofline']:5.2f} {r['spread']:6.2f} {memory}",
+            flush=True,
+        )
+
+
+def check(functions, seed: int = 0):
+    """Relative error against float32 products per group on ragged sizes (odd, empty, sum below the rows), memory poisoned before."""
+    rows, inner, outer = 4096, 512, 768
+    keys = jax.random.split(jax.random.key(seed), 3)
+    x, dy = (jax.random.normal(k, (rows, n), jnp.bfloat16) for k, n in zip(keys, (inner, outer)))
+    w = (jax.random.normal(keys[2], (8, inner, outer)) * 0.05).astype(jnp.bfloat16)
+    for sizes in ([512] * 8, [1, 0, 1003, 7, 0, 2048, 129, 500], [0, 0, 0, 4000, 0, 0, 0, 0], [0] * 8):
+        s = jnp.array(sizes, jnp.int32)
+        bad_x, bad_dy = (a.at[sum(sizes) :].set(jnp.nan) for a in (x, dy))
+        groups = row_groups.contiguous(s)
+        clean_x, clean_dy = (jnp.where(jnp.isnan(a), 0, a) for a in (bad_x, bad_dy))
+        wanted = {
+            "forward": reference.product(clean_x, w, groups, None, None, transpose=False, output_rows=rows),
+            "dx": reference.product(clean_dy, w, groups, None, None, transpose=True, output_rows=rows),
+            "dw": reference.weight_gradient(clean_x, clean_dy, groups, None, None),
+        }
+        for label, group in functions.items():
+            for name, f in group.items():
+                poison = [jnp.full((rows, outer), jnp.nan, jnp.bfloat16) for _ in range(8)]
+                jax.block_until_ready(poison)
+                del poison
+                first, second = (np.asarray(jax.jit(f)(bad_x, w, bad_dy, s), np.float32) for _ in range(2))
+                target = np.asarray(wanted[name], np.float32)
+                error = np.linalg.norm(first - target) / max(np.linalg.norm(target), 1e-30)
+                verdict = "ok" if error <= 2.5e-3 and np.array_equal(first, second) else "WRONG"
+                print(
+                    f"check {label:26s} {name:8s} {str(sizes):50s} error {error:.1e} same bits {np.array_equal(first, second)} {verdict}",
+                    flush=True,
+                )
+
+
+def main(argv=None):
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["table", "tune", "check"])
+    parser.add_argument("--shapes", nargs="+", default=None, choices=list(SHAPES))
+    parser.add_argument("--skews", nargs="+", default=["uniform", "zipf"])
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no further problem after this long")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument("--only", nargs="+", default=None, help="only candidates whose name contains one of these")
+    parser.add_argument("--json", default=None)
+    args = parser.parse_args(argv)
+    on_gpu, begin, report = has_device_timer(), time.time(), []
+    tiles = {n: t for n, t in candidates().items() if not args.only or any(o in n for o in args.only)} if on_gpu else {}
+    functions = {n: tile_functions(*t) for n, t in tiles.items()} if args.command == "tune" else {"ours": products()}
+    if args.command == "check":
+        functions |= {n: tile_functions(*t) for n, t in tiles.items()}
+        return check(functions)
+    for shape in args.shapes or (["E64", "E128", "E8"] if on_gpu else ["cpu"]):
+        if time.time() - begin > args.seconds:
+            print("out of time before", shape)
+            continue
+        measure(
+            shape, args.skews, functions, jnp.bfloat16 if on_gpu else jnp.float32, report, args.iterations, args.rounds
+        )
+    show(report)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(
+                {
+                    "device": jax.devices()[0].device_kind,
+                    "jax": jax.__version__,
+                    "date": time.strftime("%Y-%m-%d"),
+                    "rows": report,
+                },
+                file,
+                indent=1,
+            )
+
+
+if __name__ == "__main__":
+    main()

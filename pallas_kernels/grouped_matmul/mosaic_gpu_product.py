@@ -1,0 +1,137 @@
+"""Grouped product and grouped SwiGLU on Hopper: persistent CTAs over (row tile, column tile) items, flat ring, wgmma, copies by the tensor copy engine.
+
+A CTA multiplies a row tile of one group with a column tile of its weight; both consumers read the same weight tile. The transposed product (dx) reads the same
+weights through the transposing operand of wgmma. SwiGLU keeps two accumulators of half the width and writes silu(gate) * up.
+
+Legend: A rows, W weights, K contraction, N outer dim; bm, bn, bk tile sizes; V row tiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.grouped_matmul.groups import RowGroups
+from pallas_kernels.grouped_matmul.mosaic_gpu_ring import TILED, acquire, out_buffers, run_ring, store_rows
+from pallas_kernels.grouped_matmul.schedule import row_tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductTiles:
+    """Tile sizes of one product: CTA tile bm x bn, contraction step bk, ring slots, and the walk over items (`width` tiles of dimension `minor`, 0 rows, 1 columns)."""
+
+    bm: int = 128
+    bn: int = 256
+    bk: int = 64
+    slots: int = 4
+    minor: int = 0
+    width: int = 8
+
+
+def grouped_product(
+    x_AK, weights, groups: RowGroups, *, tiles: ProductTiles, transpose=False, save=False, ctas=132, interpret=None
+):
+    """One product (one weight) or SwiGLU (two weights, gate and up) of every row tile.
+
+    Args:
+        x_AK: [A, K] rows in sorted order, 16-bit floats; A a multiple of 8 and at least bm; K a multiple of bk.
+        weights: one or two [W, K, N], or [W, N, K] with `transpose`; N a multiple of bn.
+        groups: row ranges.
+        tiles: tile sizes; with two weights bn counts the columns of one.
+        transpose: contract the last dim of the weights.
+        save: with two weights, also return both products.
+        ctas: number of persistent CTAs (multiprocessors).
+        interpret: interpreter parameters for tests.
+
+    Returns:
+        Tuple of [A, N] arrays: the product, or h, or h, gate product, up product.
+    """
+    rows, inner = x_AK.shape
+    outer = weights[0].shape[1 if transpose else 2]
+    bm, bn, bk, slots = tiles.bm, tiles.bn, tiles.bk, tiles.slots
+    dtype, parts = x_AK.dtype, len(weights)
+    outs = 3 if save else 1
+    steps, columns, wm = inner // bk, outer // bn, bm // 2
+    listed = row_tiles(groups, rows, bm)
+
+    def body(tiles_g, count_g, x_g, *refs):
+        w_gs, out_gs = refs[:parts], refs[parts : parts + outs]
+        x_s, w_s, buffers, full, free = refs[parts + outs :]
+        warpgroup = lax.axis_index("wg")
+        with_steps, all_tiles = count_g[0], count_g[1]
+
+        def place(item):
+            v, n = plgpu.planar_snake(item, (all_tiles, columns), tiles.minor, tiles.width)
+            return v, n, jnp.where(v < with_steps, jnp.int32(steps), jnp.int32(0))
+
+        def produce(item, step):
+            v, n, length = place(item)
+            row, weight = pl.multiple_of(tiles_g[0, v], 8), tiles_g[3, v]
+
+            def load(k, step):
+                slot = acquire(step, slots, free)
+                plgpu.copy_gmem_to_smem(x_g.at[pl.ds(row, bm), pl.ds(k * bk, bk)], x_s.at[slot], full.at[slot])
+                for part, w_g in enumerate(w_gs):
+                    ks, ns = pl.ds(k * bk, bk), pl.ds(n * bn, bn)
+                    source = w_g.at[weight, ns, ks] if transpose else w_g.at[weight, ks, ns]
+                    plgpu.copy_gmem_to_smem(source, w_s.at[slot, part], full.at[slot])
+                return step + 1
+
+            return lax.fori_loop(0, length, load, step)
+
+        def consume(item, step):
+            v, n, length = place(item)
+            row, own, end = tiles_g[0, v] + warpgroup * wm, tiles_g[1, v], tiles_g[2, v]
+
+            def multiply(*accumulators):
+                def one(i, _):
+                    slot = lax.rem(step + i, jnp.int32(slots))
+                    plgpu.barrier_wait(full.at[slot])
+                    for part, accumulator in enumerate(accumulators):
+                        w = w_s.at[slot, part]
+                        plgpu.wgmma(
+                            accumulator,
+                            x_s.at[slot, pl.ds(warpgroup * wm, wm)],
+                            w.transpose((1, 0)) if transpose else w,
+                        )
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(free.at[slot])
+
+                lax.fori_loop(0, length, one, None)
+                return tuple(a[...] for a in accumulators)
+
+            products = pl.run_scoped(multiply, *(plgpu.ACC((wm, bn), jnp.float32) for _ in range(parts)))
+            if parts == 2:
+                gate, up = products
+                hidden = gate / (1 + jnp.exp(-gate)) * up
+                products = (hidden, gate, up)[:outs]
+            turn = 0
+            for value, out_g in zip(products, out_gs):
+                turn = store_rows(value.astype(dtype), out_g, row, n * bn, own, end, buffers, turn)
+            return step + length
+
+        run_ring(all_tiles * columns, ctas, slots, free, produce, consume)
+
+    out = plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct((rows, outer), dtype)] * outs,
+        grid=(ctas,),
+        grid_names=("cta",),
+        num_threads=3,
+        thread_name="wg",
+        interpret=interpret,
+        scratch_types=[
+            plgpu.SMEM((slots, bm, bk), dtype, transforms=TILED),
+            plgpu.SMEM((slots, parts, *((bn, bk) if transpose else (bk, bn))), dtype, transforms=TILED),
+            out_buffers(dtype),
+            plgpu.Barrier(num_arrivals=1 + parts, num_barriers=slots),
+            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+        ],
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
+    )(*listed, x_AK, *weights)
+    return tuple(out)

@@ -1,0 +1,46 @@
+"""Which tile sizes the Hopper kernels use: measured ones per device kind, and a safe default that says so once.
+
+The table is written by hand from the output of `python -m pallas_kernels.benchmark.grouped tune`, which prints the best candidate for each product and shape.
+
+Legend: K contraction, N outer dim of a product.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+from pallas_kernels.grouped_matmul.mosaic_gpu_product import ProductTiles
+from pallas_kernels.grouped_matmul.mosaic_gpu_weight import WeightTiles
+
+MEASURED_KINDS = ("H100", "H200")
+
+
+@functools.cache
+def _say_once(kind: str) -> None:
+    warnings.warn(
+        f"grouped_matmul: no tile sizes were measured on {kind!r}; using those of the H100. "
+        "`python -m pallas_kernels.benchmark.grouped tune` measures them.",
+        stacklevel=3,
+    )
+
+
+def _known(kind: str | None) -> None:
+    if kind is not None and not any(measured in kind for measured in MEASURED_KINDS):
+        _say_once(kind)
+
+
+def product_tiles(kind: str | None, rows: int, inner: int, outer: int, parts: int = 1) -> ProductTiles:
+    """Tiles of a product with contraction `inner` and `outer` columns; `parts` 2 for SwiGLU."""
+    _known(kind)
+    if parts == 2:
+        return ProductTiles(bm=128, bn=128)
+    return ProductTiles(bm=128, bn=256) if outer % 256 == 0 else ProductTiles(bm=256 if rows >= 256 else 128, bn=128)
+
+
+def weight_tiles(kind: str | None, inner: int, outer: int) -> WeightTiles:
+    """Tiles of the weight gradient [inner, outer]."""
+    _known(kind)
+    if outer % 256 == 0:
+        return WeightTiles(bm=128, bn=256)
+    return WeightTiles(bm=256, bn=128) if inner % 256 == 0 else WeightTiles(bm=128, bn=128)
