@@ -123,6 +123,15 @@ def device_kind(platform: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=None)
+def attached_multiprocessors() -> int | None:
+    """Streaming multiprocessors of the attached CUDA device; None without one."""
+    try:
+        return int(jax.devices("cuda")[0].core_count)
+    except (RuntimeError, AttributeError):
+        return None
+
+
+@functools.lru_cache(maxsize=None)
 def jax_version() -> tuple[int, int, int]:
     """The installed JAX version as three integers, for `supports` functions that need a minimum."""
     return tuple(int(re.match(r"\d+", part)[0]) for part in jax.__version__.split(".")[:3])

@@ -1,0 +1,1 @@
+"""Timing of the kernels against dense products, rooflines and other libraries."""

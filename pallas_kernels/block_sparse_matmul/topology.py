@@ -1,0 +1,372 @@
+"""Which blocks of a weight matrix exist, as data: lists of int32 that every kernel reads.
+
+Stored blocks are ordered by output block column, then by input block row (column-major), so a forward pass reads
+them in a row. Everything else a kernel needs (the transposed lists, the order of work) is derived once, when the
+pattern changes, and travels with it. All shapes depend only on the number of blocks, so a pattern may be edited
+inside ``jax.jit`` without recompiling.
+
+Legend: K, N features in and out; R = K / block_k block rows; C = N / block_n block columns; J stored blocks;
+P = ceil(J / 2) pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BLOCK_SIZES = (16, 32, 64, 128, 256, 512)
+PAIR_FIELDS = 6  # block row, block column and slot of the first block, then of the second
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "row_index",
+        "column_start",
+        "column_index",
+        "row_order",
+        "row_start",
+        "column_schedule",
+        "row_schedule",
+        "pairs",
+    ],
+    meta_fields=["features_in", "features_out", "block_in", "block_out"],
+)
+@dataclasses.dataclass(frozen=True)
+class BlockTopology:
+    """The pattern of a block-sparse [features_in, features_out] matrix; arrays may carry leading batch dimensions.
+
+    Attributes:
+        row_index: int32 [J], block row of each stored block.
+        column_start: int32 [C + 1], the stored blocks of column c are column_start[c] .. column_start[c + 1].
+        column_index: int32 [J], block column of the blocks in *row* order.
+        row_order: int32 [J], stored blocks in row order (row, then column).
+        row_start: int32 [R + 1], positions in `row_order` of each row.
+        column_schedule: int32 [3, C], (column, start, stop), columns by descending number of blocks.
+        row_schedule: int32 [3, R], (row, start, stop) into `row_order`, likewise.
+        pairs: int32 [6, P], the order of work of the weight gradient; the slot of a missing second block is J.
+        features_in: K.
+        features_out: N.
+        block_in: Rows of a block.
+        block_out: Columns of a block.
+    """
+
+    row_index: jax.Array
+    column_start: jax.Array
+    column_index: jax.Array
+    row_order: jax.Array
+    row_start: jax.Array
+    column_schedule: jax.Array
+    row_schedule: jax.Array
+    pairs: jax.Array
+    features_in: int
+    features_out: int
+    block_in: int
+    block_out: int
+
+    @property
+    def blocks(self) -> int:
+        """Number of stored blocks (per expert)."""
+        return self.row_index.shape[-1]
+
+    @property
+    def block_rows(self) -> int:
+        """K / block_in."""
+        return self.features_in // self.block_in
+
+    @property
+    def block_columns(self) -> int:
+        """N / block_out."""
+        return self.features_out // self.block_out
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Leading dimensions: () for one matrix, (E,) for one pattern per expert."""
+        return tuple(self.row_index.shape[:-1])
+
+    @property
+    def density(self) -> float:
+        """Fraction of blocks that exist."""
+        return self.blocks / max(1, self.block_rows * self.block_columns)
+
+
+def check_geometry(features_in: int, features_out: int, block_in: int, block_out: int) -> None:
+    """Raises ValueError unless the blocks tile the matrix."""
+    for name, block in (("block_in", block_in), ("block_out", block_out)):
+        if block not in BLOCK_SIZES:
+            raise ValueError(f"{name}={block}: block sizes are {BLOCK_SIZES}.")
+    for name, features, block in (("features_in", features_in, block_in), ("features_out", features_out, block_out)):
+        if features <= 0 or features % block:
+            raise ValueError(f"{name}={features}: expected a positive multiple of the block size {block}.")
+
+
+def _schedule(start):
+    counts = start[1:] - start[:-1]
+    order = jnp.argsort(-counts, stable=True).astype(jnp.int32)
+    return jnp.stack([order, start[:-1][order], start[1:][order]])
+
+
+def _band(density: float, rows: int) -> int:
+    """Block rows per band: makes the x and dy columns that 132 concurrent pairs touch about equally many."""
+    return max(1, min(rows, round(math.sqrt(264 / max(density, 1e-3)))))
+
+
+def topology_from_indices(
+    row_index: jax.Array, block_column: jax.Array, *, features_in: int, features_out: int, block_in: int, block_out: int
+) -> tuple[BlockTopology, jax.Array]:
+    """Builds a topology from block coordinates; usable inside jit, the number of blocks is the static shape.
+
+    Args:
+        row_index: int32 [J], block row of each block, any order. Leading batch dimensions are mapped over.
+        block_column: int32 [J], block column of each block; coordinates must be distinct.
+        features_in: K, a multiple of `block_in`.
+        features_out: N, a multiple of `block_out`.
+        block_in: 16, 32, 64 or 128.
+        block_out: 16, 32, 64 or 128.
+
+    Returns:
+        The topology, and int32 [J] `order`: stored block j is given block ``order[j]`` (permute values and
+        optimizer moments by it).
+
+    Raises:
+        ValueError: shapes differ, dtypes are not integers, or the blocks do not tile the matrix.
+    """
+    check_geometry(features_in, features_out, block_in, block_out)
+    row_index, block_column = jnp.asarray(row_index), jnp.asarray(block_column)
+    if row_index.shape != block_column.shape or row_index.ndim < 1:
+        raise ValueError(
+            f"row_index has shape {row_index.shape} and block_column {block_column.shape}: "
+            "expected the same [..., blocks]."
+        )
+    for name, array in (("row_index", row_index), ("block_column", block_column)):
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name} has dtype {array.dtype}: expected integers.")
+    if row_index.ndim > 1:
+        build = functools.partial(
+            topology_from_indices,
+            features_in=features_in,
+            features_out=features_out,
+            block_in=block_in,
+            block_out=block_out,
+        )
+        return jax.vmap(build)(row_index, block_column)
+
+    rows, columns, blocks = features_in // block_in, features_out // block_out, row_index.shape[0]
+    row_index, block_column = row_index.astype(jnp.int32), block_column.astype(jnp.int32)
+    order = jnp.lexsort((row_index, block_column)).astype(jnp.int32)
+    row, column = row_index[order], block_column[order]
+    column_start = jnp.searchsorted(column, jnp.arange(columns + 1, dtype=jnp.int32)).astype(jnp.int32)
+    row_order = jnp.lexsort((column, row)).astype(jnp.int32)
+    row_start = jnp.searchsorted(row[row_order], jnp.arange(rows + 1, dtype=jnp.int32)).astype(jnp.int32)
+
+    # Neighbours in row order share their slab of x; pairs are visited band by band, so that those in flight at the
+    # same time touch few columns of both x and dy (reuse in the L2 cache).
+    pairs = (blocks + 1) // 2
+    members = jnp.concatenate([row_order, jnp.full((2 * pairs - blocks,), blocks, jnp.int32)]).reshape(pairs, 2)
+    present = jnp.minimum(members, jnp.where(members[:, 1:] == blocks, members[:, :1], members))
+    pair_row, pair_column = (row[present], column[present]) if blocks else (present, present)
+    band = _band(blocks / (rows * columns), rows)
+    visit = jnp.lexsort((pair_row[:, 0], pair_column[:, 0], pair_row[:, 0] // band))
+    fields = [pair_row[:, 0], pair_column[:, 0], members[:, 0], pair_row[:, 1], pair_column[:, 1], members[:, 1]]
+    return BlockTopology(
+        row_index=row,
+        column_start=column_start,
+        column_index=column[row_order],
+        row_order=row_order,
+        row_start=row_start,
+        column_schedule=_schedule(column_start),
+        row_schedule=_schedule(row_start),
+        pairs=jnp.stack(fields)[:, visit],
+        features_in=features_in,
+        features_out=features_out,
+        block_in=block_in,
+        block_out=block_out,
+    ), order
+
+
+def topology_from_mask(mask: np.ndarray | jax.Array, block_in: int, block_out: int) -> BlockTopology:
+    """Builds a topology from a block mask; runs outside jit (the number of blocks becomes a shape).
+
+    Args:
+        mask: bool [R, C] or [E, R, C], one entry per block. Experts must have equally many blocks.
+        block_in: Rows of a block.
+        block_out: Columns of a block.
+
+    Returns:
+        The topology of a [R * block_in, C * block_out] matrix, with a leading E dimension if the mask has one.
+
+    Raises:
+        ValueError: not a two- or three-dimensional boolean array, or unequal numbers of blocks per expert.
+    """
+    mask = np.asarray(mask)
+    if mask.ndim not in (2, 3) or mask.dtype != np.bool_:
+        raise ValueError(f"mask has shape {mask.shape} and dtype {mask.dtype}: expected bool [rows, columns] in blocks.")
+    counts = mask.reshape(-1, *mask.shape[-2:]).sum((1, 2))
+    if len(set(counts.tolist())) > 1:
+        raise ValueError(f"mask has {sorted(set(counts.tolist()))} blocks in different experts: expected equally many.")
+    coordinates = [np.nonzero(m.T) for m in mask.reshape(-1, *mask.shape[-2:])]
+    column = np.stack([c for c, _ in coordinates]).astype(np.int32)
+    row = np.stack([r for _, r in coordinates]).astype(np.int32)
+    if mask.ndim == 2:
+        row, column = row[0], column[0]
+    geometry = dict(features_in=mask.shape[-2] * block_in, features_out=mask.shape[-1] * block_out)
+    return topology_from_indices(row, column, **geometry, block_in=block_in, block_out=block_out)[0]
+
+
+def edit_topology(
+    topology: BlockTopology, drop: jax.Array, row_index: jax.Array, block_column: jax.Array
+) -> tuple[BlockTopology, jax.Array]:
+    """Replaces blocks by others at the same count; usable inside jit.
+
+    Args:
+        topology: The pattern to change, without batch dimensions (use ``jax.vmap`` for one pattern per expert).
+        drop: int32 [n], stored blocks that go, distinct.
+        row_index: int32 [n], block rows of the blocks that come; none of them may exist already.
+        block_column: int32 [n], their block columns.
+
+    Returns:
+        The new topology, and int32 [J] `source`: the stored block that becomes block j, or -1 if block j is new.
+        Values and optimizer moments follow by ``jnp.where(source[:, None, None] < 0, fresh, old[source])``.
+    """
+    blocks = topology.row_index.shape[-1]
+    column = jnp.searchsorted(topology.column_start, jnp.arange(blocks, dtype=jnp.int32), side="right") - 1
+    row = topology.row_index.at[drop].set(jnp.asarray(row_index, jnp.int32))
+    column = column.astype(jnp.int32).at[drop].set(jnp.asarray(block_column, jnp.int32))
+    new, order = topology_from_indices(
+        row,
+        column,
+        features_in=topology.features_in,
+        features_out=topology.features_out,
+        block_in=topology.block_in,
+        block_out=topology.block_out,
+    )
+    is_new = jnp.zeros((blocks,), bool).at[drop].set(True)
+    return new, jnp.where(is_new[order], -1, order)
+
+
+def dense_mask(topology: BlockTopology, elements: bool = False) -> jax.Array:
+    """Renders the pattern as a bool array.
+
+    Args:
+        topology: Any topology; batch dimensions are kept.
+        elements: One entry per weight, [..., K, N], instead of one per block, [..., R, C].
+
+    Returns:
+        True where a block exists.
+    """
+    if topology.batch_shape:
+        return jax.vmap(functools.partial(dense_mask, elements=elements))(topology)
+    slots = jnp.arange(topology.blocks, dtype=jnp.int32)
+    column = jnp.searchsorted(topology.column_start, slots, side="right") - 1
+    mask = jnp.zeros((topology.block_rows, topology.block_columns), bool).at[topology.row_index, column].set(True)
+    if elements:
+        mask = jnp.repeat(jnp.repeat(mask, topology.block_in, axis=0), topology.block_out, axis=1)
+    return mask
+
+
+def from_dense(
+    dense: jax.Array, block_in: int, block_out: int, mask: np.ndarray | None = None
+) -> tuple[jax.Array, BlockTopology]:
+    """Packs a dense matrix; runs outside jit.
+
+    Args:
+        dense: [K, N].
+        block_in: Rows of a block.
+        block_out: Columns of a block.
+        mask: bool [R, C], the blocks to keep; None keeps every block with a nonzero in it.
+
+    Returns:
+        values [J, block_in, block_out] and the topology.
+
+    Raises:
+        ValueError: `dense` is no matrix, its blocks do not tile it, or `mask` has another shape.
+    """
+    if dense.ndim != 2:
+        raise ValueError(f"dense has shape {dense.shape}: expected [features_in, features_out].")
+    check_geometry(*dense.shape, block_in, block_out)
+    rows, columns = dense.shape[0] // block_in, dense.shape[1] // block_out
+    blocks_RCkn = jnp.asarray(dense).reshape(rows, block_in, columns, block_out).transpose(0, 2, 1, 3)
+    if mask is None:
+        mask = np.asarray((blocks_RCkn != 0).any((2, 3)))
+    mask = np.asarray(mask)
+    if mask.shape != (rows, columns):
+        raise ValueError(f"mask has shape {mask.shape}: expected {(rows, columns)}, one entry per block.")
+    topology = topology_from_mask(mask, block_in, block_out)
+    column, row = np.nonzero(mask.T)
+    return blocks_RCkn[row, column], topology
+
+
+def to_dense(values: jax.Array, topology: BlockTopology) -> jax.Array:
+    """Unpacks values [*experts, J, block_in, block_out] into [*experts, K, N], zeros where no block exists."""
+    if values.ndim == 4:
+        return jax.vmap(to_dense, in_axes=(0, 0 if topology.batch_shape else None))(values, topology)
+    slots = jnp.arange(topology.blocks, dtype=jnp.int32)
+    column = jnp.searchsorted(topology.column_start, slots, side="right") - 1
+    blocks = jnp.zeros((topology.block_rows, topology.block_columns, *values.shape[1:]), values.dtype)
+    blocks = blocks.at[topology.row_index, column].set(values)
+    return blocks.transpose(0, 2, 1, 3).reshape(topology.features_in, topology.features_out)
+
+
+def cost(topology: BlockTopology, rows: int, itemsize: int = 2) -> dict[str, int]:
+    """Floating-point operations and bytes of one forward product of `rows` rows (each of dx and dvalues costs as many).
+
+    Args:
+        topology: Any topology; experts are summed, each with `rows` rows.
+        rows: Rows of x.
+        itemsize: Bytes of an element.
+
+    Returns:
+        {"flops", "bytes"}: useful operations, and each of x, values and y moved once.
+    """
+    experts = math.prod(topology.batch_shape)
+    weights = topology.blocks * topology.block_in * topology.block_out
+    activations = rows * (topology.features_in + topology.features_out)
+    return {"flops": experts * 2 * rows * weights, "bytes": experts * (weights + activations) * itemsize}
+
+
+def picture(topology: BlockTopology, width: int = 64) -> str:
+    """Draws the pattern of one matrix in text: '#' for a block, '.' for none; at most `width` blocks each way."""
+    mask = np.asarray(dense_mask(topology))[:width, :width]
+    return "\n".join("".join("#" if block else "." for block in row) for row in mask)
+
+
+def check_topology(topology: BlockTopology) -> None:
+    """Verifies the values of a topology on the host; needs concrete arrays.
+
+    Raises:
+        ValueError: an index is out of range, unsorted or repeated, or two lists disagree; or called under a trace.
+    """
+    leaves = jax.tree.leaves(topology)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        raise ValueError("topology is traced: check mode needs concrete arrays, call it outside jax.jit.")
+    if topology.batch_shape:
+        for expert in range(topology.batch_shape[0]):
+            check_topology(jax.tree.map(lambda a, e=expert: a[e], topology))
+        return
+    check_geometry(topology.features_in, topology.features_out, topology.block_in, topology.block_out)
+    rows, columns, blocks = topology.block_rows, topology.block_columns, topology.blocks
+    row, start = np.asarray(topology.row_index), np.asarray(topology.column_start)
+    if row.size and (row.min() < 0 or row.max() >= rows):
+        raise ValueError(f"topology.row_index has values {row.min()}..{row.max()}: allowed 0..{rows - 1}.")
+    if start.shape != (columns + 1,) or start[0] != 0 or start[-1] != blocks or (np.diff(start) < 0).any():
+        raise ValueError(f"topology.column_start must rise from 0 to {blocks} over {columns + 1} entries, found {start}.")
+    column = np.repeat(np.arange(columns), np.diff(start))
+    if (np.diff(column.astype(np.int64) * rows + row) <= 0).any():
+        raise ValueError("topology.row_index must rise strictly within a block column (sorted, no repeated block).")
+    expected, _ = topology_from_indices(
+        row,
+        column,
+        features_in=topology.features_in,
+        features_out=topology.features_out,
+        block_in=topology.block_in,
+        block_out=topology.block_out,
+    )
+    for field in dataclasses.fields(topology):
+        found, wanted = getattr(topology, field.name), getattr(expected, field.name)
+        if not np.array_equal(np.asarray(found), np.asarray(wanted)):
+            raise ValueError(f"topology.{field.name} disagrees with row_index and column_start.")

@@ -1,0 +1,115 @@
+"""Block-sparse products in plain XLA whose cost falls with density: the CPU path and the fallback everywhere.
+
+Activations are turned feature-major once, so that the features of a block are contiguous. A loop over output block
+columns then gathers the blocks of a column in groups of up to ``GROUP`` and multiplies each group by one dot;
+the number of groups is read from the topology, so absent blocks cost nothing and any pattern is served.
+
+Legend: E experts, M rows, K/N features, J stored blocks, R/C block rows and columns, k/n features inside a block.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.block_sparse_matmul.reference import block_columns_of
+from pallas_kernels.block_sparse_matmul.topology import BlockTopology
+
+GROUP = 4  # blocks per dot
+
+
+def _accumulator(dtype):
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _column_products(x_RkM, values_Jkn, start_C1, inner_J, slot_J, *, transposed, precision):
+    """For every output block column, the sum of its blocks' products, feature-major: [C, n, M]."""
+    accumulator = _accumulator(x_RkM.dtype)
+    out_features = values_Jkn.shape[1 if transposed else 2]
+    contraction = ((1 if transposed else 0,), (0,)), ((), ())
+    m = x_RkM.shape[2]
+
+    def group(position, size):
+        taken = [inner_J[position + i] for i in range(size)]
+        x = jnp.concatenate([lax.dynamic_index_in_dim(x_RkM, r, 0, keepdims=False) for r in taken], axis=0)
+        if slot_J is None:
+            w = lax.dynamic_slice_in_dim(values_Jkn, position, size, 0)
+        else:
+            w = jnp.stack([values_Jkn[slot_J[position + i]] for i in range(size)])
+        if transposed:
+            w = w.transpose(1, 0, 2).reshape(out_features, -1)
+        else:
+            w = w.reshape(-1, out_features)
+        return lax.dot_general(w, x, contraction, precision=precision, preferred_element_type=accumulator)
+
+    sizes = range(1, min(GROUP, values_Jkn.shape[0]) + 1)
+    branches = [lambda _: jnp.zeros((out_features, m), accumulator)]
+    branches += [functools.partial(group, size=size) for size in sizes]
+
+    def column(bounds):
+        first, last = bounds
+        count = last - first
+        head = jnp.where(count % GROUP == 0, jnp.minimum(count, GROUP), count % GROUP)
+        acc = lax.switch(head, branches, first)
+        if GROUP <= values_Jkn.shape[0]:
+            acc = lax.fori_loop(
+                0, (count - head) // GROUP, lambda t, acc: acc + group(first + head + t * GROUP, GROUP), acc
+            )
+        return acc.astype(x_RkM.dtype)
+
+    return lax.map(column, (start_C1[:-1], start_C1[1:]))
+
+
+def _one_expert(x_MK, values_Jkn, topology: BlockTopology, *, transposed, precision):
+    m = x_MK.shape[0]
+    if transposed:
+        block_in, start, inner, slot = topology.block_out, topology.row_start, topology.column_index, topology.row_order
+    else:
+        block_in, start, inner, slot = topology.block_in, topology.column_start, topology.row_index, None
+    x_RkM = x_MK.T.reshape(-1, block_in, m)
+    y_CnM = _column_products(x_RkM, values_Jkn, start, inner, slot, transposed=transposed, precision=precision)
+    return y_CnM.reshape(-1, m).T
+
+
+def _over_experts(function, *arguments):
+    if jax.tree.leaves(arguments[0])[0].shape[0] == 1:
+        return function(*jax.tree.map(lambda a: a[0], arguments))[None]
+    return lax.map(lambda expert: function(*expert), arguments)
+
+
+def product(x_EMK: jax.Array, values_EJkn: jax.Array, topology: BlockTopology, precision=lax.Precision.HIGHEST):
+    """y = x @ W per expert, accumulated in float32, in the dtype of x."""
+    run = functools.partial(_one_expert, transposed=False, precision=precision)
+    return _over_experts(run, x_EMK, values_EJkn, topology)
+
+
+def product_transposed(dy_EMN: jax.Array, values_EJkn: jax.Array, topology: BlockTopology, precision=lax.Precision.HIGHEST):
+    """dx = dy @ W^T per expert, accumulated in float32, in the dtype of dy."""
+    run = functools.partial(_one_expert, transposed=True, precision=precision)
+    return _over_experts(run, dy_EMN, values_EJkn, topology)
+
+
+def sampled_product(x_EMK: jax.Array, dy_EMN: jax.Array, topology: BlockTopology, precision=lax.Precision.HIGHEST):
+    """The stored blocks of x^T dy per expert, accumulated in float32, in the dtype of x: one dot per block."""
+
+    def one_expert(x_MK, dy_MN, topology):
+        m = x_MK.shape[0]
+        x_RkM = x_MK.T.reshape(topology.block_rows, topology.block_in, m)
+        dy_CnM = dy_MN.T.reshape(topology.block_columns, topology.block_out, m)
+        column = block_columns_of(topology.column_start, topology.row_index.shape[-1])
+
+        def block(coordinates):
+            row, column = coordinates
+            x = lax.dynamic_index_in_dim(x_RkM, row, 0, keepdims=False)
+            dy = lax.dynamic_index_in_dim(dy_CnM, column, 0, keepdims=False)
+            dot = lax.dot_general(
+                x, dy, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=_accumulator(x.dtype)
+            )
+            return dot.astype(x.dtype)
+
+        return lax.map(block, (topology.row_index, column))
+
+    return _over_experts(one_expert, x_EMK, dy_EMN, topology)
