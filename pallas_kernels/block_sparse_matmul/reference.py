@@ -40,7 +40,9 @@ def product(x_EMK: jax.Array, values_EJkn: jax.Array, topology: BlockTopology, p
     return y.astype(x_EMK.dtype)
 
 
-def product_transposed(dy_EMN: jax.Array, values_EJkn: jax.Array, topology: BlockTopology, precision=lax.Precision.HIGHEST):
+def product_transposed(
+    dy_EMN: jax.Array, values_EJkn: jax.Array, topology: BlockTopology, precision=lax.Precision.HIGHEST
+):
     """dx = dy @ W^T per expert; float32 arithmetic, result in the dtype of dy."""
     w_EKN = jax.vmap(scatter_blocks)(values_EJkn.astype(jnp.float32), topology)
     dx = jnp.einsum("emn,ekn->emk", dy_EMN.astype(jnp.float32), w_EKN, precision=precision)

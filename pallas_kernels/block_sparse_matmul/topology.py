@@ -205,7 +205,9 @@ def topology_from_mask(mask: np.ndarray | jax.Array, block_in: int, block_out: i
     """
     mask = np.asarray(mask)
     if mask.ndim not in (2, 3) or mask.dtype != np.bool_:
-        raise ValueError(f"mask has shape {mask.shape} and dtype {mask.dtype}: expected bool [rows, columns] in blocks.")
+        raise ValueError(
+            f"mask has shape {mask.shape} and dtype {mask.dtype}: expected bool [rows, columns] in blocks."
+        )
     counts = mask.reshape(-1, *mask.shape[-2:]).sum((1, 2))
     if len(set(counts.tolist())) > 1:
         raise ValueError(f"mask has {sorted(set(counts.tolist()))} blocks in different experts: expected equally many.")
@@ -354,7 +356,9 @@ def check_topology(topology: BlockTopology) -> None:
     if row.size and (row.min() < 0 or row.max() >= rows):
         raise ValueError(f"topology.row_index has values {row.min()}..{row.max()}: allowed 0..{rows - 1}.")
     if start.shape != (columns + 1,) or start[0] != 0 or start[-1] != blocks or (np.diff(start) < 0).any():
-        raise ValueError(f"topology.column_start must rise from 0 to {blocks} over {columns + 1} entries, found {start}.")
+        raise ValueError(
+            f"topology.column_start must rise from 0 to {blocks} over {columns + 1} entries, found {start}."
+        )
     column = np.repeat(np.arange(columns), np.diff(start))
     if (np.diff(column.astype(np.int64) * rows + row) <= 0).any():
         raise ValueError("topology.row_index must rise strictly within a block column (sorted, no repeated block).")

@@ -86,7 +86,9 @@ def product(x_EMK: jax.Array, values_EJkn: jax.Array, topology: BlockTopology, p
     return _over_experts(run, x_EMK, values_EJkn, topology)
 
 
-def product_transposed(dy_EMN: jax.Array, values_EJkn: jax.Array, topology: BlockTopology, precision=lax.Precision.HIGHEST):
+def product_transposed(
+    dy_EMN: jax.Array, values_EJkn: jax.Array, topology: BlockTopology, precision=lax.Precision.HIGHEST
+):
     """dx = dy @ W^T per expert, accumulated in float32, in the dtype of dy."""
     run = functools.partial(_one_expert, transposed=True, precision=precision)
     return _over_experts(run, dy_EMN, values_EJkn, topology)
