@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_lm.train.optimizer import Optimizer, UpdateKind, core_axes
-from sparse_lm.train.tree_paths import Dims, Tree, core_dims, flatten, map_leaves, prune
+from sparse_lm.layers.parameter import Dims, map_leaves
+from sparse_lm.train.optimizer import Optimizer, core_axes
+from sparse_lm.train.parametrization import UpdateKind
+from sparse_lm.train.tree_paths import Tree, core_dims, flatten, prune
 
 
 def root_mean_square(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

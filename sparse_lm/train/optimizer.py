@@ -18,11 +18,10 @@ import jax.numpy as jnp
 import optax
 
 from sparse_lm.config import Config, ConfigError, component
+from sparse_lm.layers.parameter import Dims, map_leaves
+from sparse_lm.train.parametrization import UpdateKind
 from sparse_lm.train.schedule import Cosine, Schedule
-from sparse_lm.train.tree_paths import Dims, Role, Tree, core_dims, flatten, map_leaves, matches, role
-
-UpdateKind = Literal["adam", "muon_spectral", "muon_adam_rms", "adafactor"]
-"""How large an update is by itself: what a parametrization must know to scale it (see parametrization.py)."""
+from sparse_lm.train.tree_paths import Role, Tree, core_dims, flatten, matches, role
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,20 +96,19 @@ class Optimizer(Config):
           ConfigError: for a group that matches no leaf.
         """
         scales = flatten(learning_rate_scales) if learning_rate_scales is not None else {}
-        plans, used = {}, set()
+        plans: dict[str, LeafPlan] = {}
         for path, leaf_dims in flatten(dims).items():
             leaf_role = role(leaf_dims)
             decay = 0.0 if leaf_role in ("vector", "embedding") else self.weight_decay
             multiplier = self.own_multiplier(leaf_dims) * float(scales.get(path, 1.0))
-            for i, group in enumerate(self.groups):
+            for group in self.groups:
                 if matches(group.path, path):
-                    used.add(i)
                     multiplier *= group.learning_rate
                     decay = decay if group.weight_decay is None else group.weight_decay
                     break
             plans[path] = LeafPlan(leaf_role, self.update_kind(leaf_dims), multiplier, decay)
         for i, group in enumerate(self.groups):
-            if i not in used and not any(matches(group.path, path) for path in plans):
+            if not any(matches(group.path, path) for path in plans):
                 allowed = f"a glob that matches a path, such as {', '.join(list(plans)[:3])}"
                 raise ConfigError(f"groups.{i}.path", group.path, allowed)
         return plans

@@ -18,11 +18,16 @@ norm must grow as sqrt(out / in), which the spectral update scale does by itself
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal, Protocol
 
-from sparse_lm.config import Config
-from sparse_lm.train.optimizer import Optimizer, UpdateKind
-from sparse_lm.train.tree_paths import Dims, Tree, core_dims, flatten, map_leaves, matches, role
+from sparse_lm.config import Config, ConfigError
+from sparse_lm.layers.parameter import Dims, map_leaves
+from sparse_lm.train.tree_paths import Tree, core_dims, flatten, matches, role
+
+UpdateKind = Literal["adam", "muon_spectral", "muon_adam_rms", "adafactor"]
+"""How large an update is by itself, which decides how it must be scaled. adam: entries of size 1. muon_spectral,
+muon_adam_rms: orthogonal matrices times Muon's `update_scale`. adafactor: entries of the size of the weights."""
 
 WIDTH_DIMS = ("embed", "ffn", "heads", "kv_heads")
 """Dims that grow with the width of the model; all others are finite."""
@@ -97,6 +102,9 @@ class Parametrization(Config):
     def learning_rate_scale(self, path: str, dims: Dims, shape: tuple[int, ...], optimizer_kind: UpdateKind) -> float:
         """Returns the multiplier of a leaf's learning rate under an update of this kind."""
         return 1.0
+
+    def check_paths(self, paths: Iterable[str]) -> None:
+        """Raises ConfigError when the config names a path that no leaf has."""
 
     def logits_multiplier(self, d_model: int) -> float:
         """Returns the factor of the logits before soft-cap and softmax."""
@@ -195,6 +203,13 @@ class SparseMuP(MuP):
     densities: tuple[PathDensity, ...] = ()
     """Density by path, the first match counts; others are dense."""
 
+    def check_paths(self, paths: Iterable[str]) -> None:
+        known = list(paths)
+        for i, entry in enumerate(self.densities):
+            if not any(matches(entry.path, path) for path in known):
+                allowed = f"a glob that matches a path, such as {', '.join(known[:3])}"
+                raise ConfigError(f"densities.{i}.path", entry.path, allowed)
+
     def density(self, path: str) -> float:
         """Returns the density of a leaf."""
         return next((entry.density for entry in self.densities if matches(entry.path, path)), 1.0)
@@ -225,7 +240,11 @@ def initial_scales(parametrization: Parametrization, dims: Tree, shapes: Tree, w
       dims: nested dict of tuples of dim names.
       shapes: same structure; arrays, ShapeDtypeStructs or tuples of sizes.
       writes: writes to the residual stream; none: counted from the dims.
+
+    Raises:
+      ConfigError: when the parametrization names a path that no leaf has.
     """
+    parametrization.check_paths(flatten(dims))
     count = max(residual_writes(dims, shapes), 1) if writes is None else writes
 
     def scale(path: str, leaf_dims: Dims, leaf: Any) -> float:
@@ -234,8 +253,19 @@ def initial_scales(parametrization: Parametrization, dims: Tree, shapes: Tree, w
     return map_leaves(scale, dims, shapes)
 
 
-def learning_rate_scales(parametrization: Parametrization, optimizer: Optimizer, dims: Tree, shapes: Tree) -> Tree:
-    """Returns the tree of learning-rate multipliers that `optimizer.build(dims, scales)` takes."""
+class HasUpdateKind(Protocol):
+    """An optimizer, as far as it matters here."""
+
+    def update_kind(self, dims: Dims) -> UpdateKind: ...
+
+
+def learning_rate_scales(parametrization: Parametrization, optimizer: HasUpdateKind, dims: Tree, shapes: Tree) -> Tree:
+    """Returns the tree of learning-rate multipliers that `optimizer.build(dims, scales)` takes.
+
+    Raises:
+      ConfigError: when the parametrization names a path that no leaf has.
+    """
+    parametrization.check_paths(flatten(dims))
 
     def scale(path: str, leaf_dims: Dims, leaf: Any) -> float:
         kind = optimizer.update_kind(leaf_dims)

@@ -1,15 +1,16 @@
 """Paths and roles of the leaves of a parameter tree: nested dicts -> "blocks.0.attention.query.weight".
 
 Parameters and their logical dims are two nested dicts of one structure; the leaves of the second are tuples of dim names
-(tuples are nodes to jax.tree, so the walks here treat every dict as a node and everything else as a leaf). What an
-optimizer or an initialiser does to a leaf follows from its dims alone: see `role`.
+(tuples are nodes to jax.tree, so the walks here, like `layers.parameter.map_leaves`, take every dict as a node and everything
+else as a leaf). What an optimizer or an initialiser does to a leaf follows from its dims alone: see `role`.
 """
 
 import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-Dims = tuple[str, ...]
+from sparse_lm.layers.parameter import RUN_KEY, Dims
+
 Tree = dict[Any, Any]
 Role = Literal["vector", "embedding", "head", "router", "matrix"]
 
@@ -28,19 +29,6 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def map_leaves(function: Callable[..., Any], tree: Mapping[Any, Any], *others: Any, prefix: str = "") -> Tree:
-    """Returns the nested dict of function(path, leaf, *leaves of the others at the same place)."""
-    out: Tree = {}
-    for key, value in tree.items():
-        path = f"{prefix}.{key}" if prefix else str(key)
-        beside = [other[key] for other in others]
-        if isinstance(value, Mapping):
-            out[key] = map_leaves(function, value, *beside, prefix=path)
-        else:
-            out[key] = function(path, value, *beside)
-    return out
-
-
 def prune(tree: Mapping[Any, Any], keep: Callable[[str], bool], prefix: str = "") -> Tree:
     """Returns the nested dict of the leaves whose path is kept; a dict left empty is dropped."""
     out: Tree = {}
@@ -56,12 +44,12 @@ def prune(tree: Mapping[Any, Any], keep: Callable[[str], bool], prefix: str = ""
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Says whether a glob matches a path, or the path without its numbers ("blocks.3.norm" also as "blocks.norm").
+    """Says whether a glob matches a path, or the path without block numbers ("blocks.3.norm" also as "blocks.norm").
 
-    `*` crosses dots. A pattern without layer numbers therefore means the same for stacked and for unrolled blocks.
+    `*` crosses dots. A pattern without block numbers therefore means the same for stacked runs and for unrolled blocks.
     """
-    numberless = ".".join(part for part in path.split(".") if not part.isdigit())
-    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(numberless, pattern)
+    parts = [part for part in path.split(".") if not part.isdigit() and not RUN_KEY.match(part)]
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(".".join(parts), pattern)
 
 
 def core_dims(dims: Dims) -> Dims:

@@ -11,11 +11,12 @@ import optax
 import pytest
 
 from sparse_lm import config
+from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.train.adafactor import Adafactor
 from sparse_lm.train.muon import QUINTIC, Muon, orthogonalize
 from sparse_lm.train.optimizer import AdamW, Group, Optimizer, ema_update, global_norm_by_group, state_dims
 from sparse_lm.train.schedule import WarmupStableDecay
-from sparse_lm.train.tree_paths import flatten, map_leaves, prune
+from sparse_lm.train.tree_paths import flatten, prune
 
 D, H, F, V, E, LAYERS = 8, 10, 12, 16, 3, 2
 
@@ -293,8 +294,8 @@ def test_groups_by_path_first_match_counts() -> None:
     assert plans["blocks.0.norm.scale"][2:] == (1.0, 0.0)
     assert plans["blocks.1.norm.scale"][2:] == (1.0, 0.2)
     # Without layer numbers a group means the same for stacked blocks.
-    stacked = AdamW(weight_decay=0.1, groups=groups[:2]).leaf_plans(STACKED_DIMS)
-    assert stacked["blocks.attention.output.weight"][2:] == (0.5, 0.1)
+    stacked = AdamW(weight_decay=0.1, groups=groups[:2]).leaf_plans({"blocks": {"0_to_1": STACKED_DIMS["blocks"]}})
+    assert stacked["blocks.0_to_1.attention.output.weight"][2:] == (0.5, 0.1)
     with pytest.raises(config.ConfigError, match=r"groups\.0\.path = 'blocks\.7\.\*'.*embedding\.weight"):
         AdamW(groups=(Group(path="blocks.7.*"),)).build(UNROLLED_DIMS)
 

@@ -116,6 +116,9 @@ def test_sparse_mup_by_hand() -> None:
     assert rates["blocks.query"] == 0.25
     with pytest.raises(ValueError, match=r"blocks\.up: sparse_mup at density 0\.0625 with muon_adam_rms updates"):
         learning_rate_scales(sparse, Muon(), DIMS, SHAPES)
+    misnamed = SparseMuP(densities=(PathDensity(path="blocks.1.up", density=0.5),))
+    with pytest.raises(config.ConfigError, match=r"densities\.0\.path = 'blocks\.1\.up'.*embedding\.weight"):
+        initial_scales(misnamed, DIMS, SHAPES)
 
 
 def test_finite_inputs_do_not_grow_and_unknown_growth_is_refused() -> None:
