@@ -38,7 +38,7 @@ class AttentionSpec:
     query_segments_BQ: jax.Array | None = None
     query_offset: jax.Array | int = 0
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
-    max_documents: int = dataclasses.field(default=64, metadata={"static": True})
+    max_documents: int = dataclasses.field(default=32, metadata={"static": True})
 
 
 def visible(spec: AttentionSpec, query_index_Q: jax.Array, query_segments_BQ: jax.Array | None, keys: int) -> jax.Array:
@@ -134,7 +134,7 @@ class Attention(Config):
     """Base of the rotary frequencies."""
     window: int | None = None
     """A token sees itself and the window - 1 tokens before it; None: all of its document before it."""
-    max_documents: int = 64
+    max_documents: int = 32
     """Most documents in one row; the packed GPU path is built for this number, and rows with more are refused by the data loop."""
     projection: Projection = component("projection", DenseProjection())
     """What stores the matrices."""

@@ -26,7 +26,7 @@ def cudnn_reason(q_BQHN: jax.Array, k_BLJN: jax.Array, spec: Any) -> str | None:
 
 
 def document_offsets(segments_BL: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """Returns (lengths [B, M], offsets [B, M + 1]) of the documents of each row; -1 where a row has fewer.
+    """Returns (lengths [B, M], starts [B, M + 1]) of the documents of each row; -1 where a row has fewer than M.
 
     Args:
       segments_BL: int32, 1.. in order of appearance; 0 marks padding at the end of the row.
@@ -34,11 +34,11 @@ def document_offsets(segments_BL: jax.Array, most: int) -> tuple[jax.Array, jax.
     """
     numbers_M = jnp.arange(1, most + 1)
     lengths_BM = jnp.sum(segments_BL[:, None, :] == numbers_M[None, :, None], axis=-1, dtype=jnp.int32)
-    ends_BM = jnp.cumsum(lengths_BM, axis=-1, dtype=jnp.int32)
+    starts_BM = jnp.cumsum(lengths_BM, axis=-1, dtype=jnp.int32) - lengths_BM
     present_BM = lengths_BM > 0
-    zero_B1 = jnp.zeros((segments_BL.shape[0], 1), jnp.int32)
-    offsets = jnp.concatenate([zero_B1, jnp.where(present_BM, ends_BM, -1)], axis=-1)
-    return jnp.where(present_BM, lengths_BM, -1), offsets
+    absent_B1 = jnp.full((segments_BL.shape[0], 1), -1, jnp.int32)
+    starts = jnp.concatenate([jnp.where(present_BM, starts_BM, -1), absent_B1], axis=-1)
+    return jnp.where(present_BM, lengths_BM, -1), starts
 
 
 def attend_cudnn(q_BLHN: jax.Array, k_BLJN: jax.Array, v_BLJN: jax.Array, spec: Any, scale: float) -> jax.Array:

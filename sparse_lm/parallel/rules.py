@@ -19,6 +19,7 @@ RULES: dict[str, str | None] = {
     "vocab": "tensor",
     "routes": None,
     "members": None,
+    "key": None,
 }
 """Logical dim -> mesh axis; None keeps the dim whole."""
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_lm.layers.parameter import RUN_KEY, map_leaves
+from sparse_lm.layers.parameter import RUN_KEY
 from sparse_lm.model.definition import Definition
 from sparse_lm.train.optimizer import state_dims
 
@@ -67,7 +67,7 @@ def dims_of(definition: Definition, state: TrainState) -> TrainState:
         model_state=definition.state_dims,
         tables={},
         ema=definition.dims if state.ema else {},
-        key=(None,),
+        key=("key",),
         skipped=(),
     )
 
@@ -109,24 +109,22 @@ def stack(tree: Any, like: Any, axis: int) -> Any:
 
 
 def unrolled(state: TrainState, axis: int = 0) -> Tree:
-    """Returns a state as nested dicts with unrolled names."""
-    return {
-        field.name: unstack(getattr(state, field.name), axis) for field in dataclasses.fields(state)
-    }
+    """Returns a state as nested dicts with unrolled names; empty parts are left out."""
+    parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: unstack(part, axis) for name, part in parts.items() if not is_empty(part)}
+
+
+def is_empty(part: Any) -> bool:
+    """Says whether a part of a state is a nested dict without leaves."""
+    return isinstance(part, dict) and all(is_empty(value) for value in part.values())
 
 
 def rolled(tree: Tree, like: TrainState, axis: int = 0) -> TrainState:
     """Returns the state in the layout of `like` from nested dicts with unrolled names."""
     return TrainState(
         **{
-            field.name: stack(tree[field.name], getattr(like, field.name), axis)
+            field.name: stack(tree.get(field.name, {}), getattr(like, field.name), axis)
             for field in dataclasses.fields(like)
         }
     )
 
-
-def leaf_paths(tree: Any) -> list[str]:
-    """Returns the dotted paths of nested dicts, sorted."""
-    paths: list[str] = []
-    map_leaves(lambda path, _: paths.append(path), tree)
-    return sorted(paths)

@@ -1,0 +1,28 @@
+"""Trains a recipe: python scripts/pretrain.py RECIPE [--run-dir DIR] [--smoke] [--with kind=name] [--field.name value ...]."""
+
+import pathlib
+import sys
+
+import jax
+
+from experiments import command_line
+from sparse_lm.evaluate.finish import finish
+from sparse_lm.train.checkpoint import CheckpointError
+from sparse_lm.train.loop import TrainingDiverged, train
+
+
+def main() -> int:
+    """Trains, evaluates, samples and reports; returns the exit code."""
+    arguments = command_line.parser(__doc__)
+    arguments.add_argument("--run-dir", help="directory of the run; default runs/NAME; an existing run goes on where it stopped")
+    recipe, options = command_line.read_recipe(__doc__, arguments)
+    run_dir = pathlib.Path(options.run_dir or f"runs/{recipe.name}")
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(recipe.data.directory).absolute() / "compiled"))
+    code = command_line.or_exit(lambda: train(recipe, run_dir), TrainingDiverged, CheckpointError, FileNotFoundError)
+    if code == 0:
+        finish(run_dir)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""A recipe: everything that defines a training run, as one tree of configs."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from sparse_lm.config import Config, ConfigError, component, from_dict, to_dict, validate
+from sparse_lm.data.pipeline import DataConfig
+from sparse_lm.model.transformer import Model
+from sparse_lm.parallel.mesh import MeshShape
+from sparse_lm.train.checkpoint import Checkpoints
+from sparse_lm.train.initialize import StartFrom
+from sparse_lm.train.metrics import LogConfig
+from sparse_lm.train.optimizer import AdamW, Optimizer
+from sparse_lm.train.population import Population
+from sparse_lm.train.step import Train
+from sparse_lm.train.validation import Validation
+
+SCHEMA = 1
+"""Version of the layout of config.json and checkpoints."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe(Config):
+    """A training run."""
+
+    name: str = "run"
+    """Name of the run; its directory is runs/NAME unless --run-dir says otherwise."""
+    seed: int = 0
+    """Seed of initial values, data order and every random number of the run."""
+    data: DataConfig = DataConfig()
+    """What to train on."""
+    model: Model = Model()
+    """What to train."""
+    optimizer: Optimizer = component("optimizer", AdamW())
+    """How gradients become updates."""
+    train: Train = Train()
+    """How long, and with which numerics."""
+    population: Population = Population()
+    """Members trained at once on the same data; empty: one."""
+    mesh: MeshShape = MeshShape()
+    """How the work is spread over devices."""
+    start_from: StartFrom = StartFrom()
+    """What to start from; empty: fresh initial values."""
+    validation: Validation = Validation()
+    """When and on how much to validate."""
+    checkpoint: Checkpoints = Checkpoints()
+    """When to save and what to keep."""
+    log: LogConfig = LogConfig()
+    """What to report, how often and where."""
+
+    def check(self) -> None:
+        """See Config.check."""
+        self.require(bool(self.name) and "/" not in self.name, "name", "a directory name")
+        self.require(0 <= self.seed < 2**31, "seed", "0 to 2**31 - 1")
+        batch, pieces = self.data.batch_size, self.train.microbatches
+        sequences = self.group_sequences()
+        if batch % (pieces * sequences):
+            allowed = f"a multiple of train.microbatches ({pieces}) x group_sequences of the routed layers ({sequences})"
+            raise ConfigError("data.batch_size", batch, allowed)
+        self.optimizer.schedule.check_run(self.train.steps)
+
+    def group_sequences(self) -> int:
+        """Sequences in one routing group; 1 without routed layers."""
+        return max((getattr(forward, "group_sequences", 1) for _, forward in self.model.runs()), default=1)
+
+
+def save_recipe(recipe: Recipe, run_dir: pathlib.Path) -> None:
+    """Writes RUN/config.json; `load_recipe` reads it back equal."""
+    text = json.dumps({"schema": SCHEMA, "recipe": to_dict(recipe)}, indent=1)
+    (run_dir / "config.json").write_text(text + "\n")
+
+
+def recipe_from_json(document: dict[str, Any], origin: str) -> Recipe:
+    """Rebuilds a recipe from config.json's content.
+
+    Raises:
+      ValueError: for another schema version.
+    """
+    if document.get("schema") != SCHEMA:
+        raise ValueError(f"{origin}: schema {document.get('schema')!r}; this version reads schema {SCHEMA}")
+    return validate(from_dict(Recipe, document["recipe"]))
+
+
+def load_recipe(run_dir: pathlib.Path) -> Recipe:
+    """Reads RUN/config.json.
+
+    Raises:
+      FileNotFoundError: when the directory holds no run.
+    """
+    path = run_dir / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: {run_dir} is not the directory of a run")
+    return recipe_from_json(json.loads(path.read_text()), str(path))
+
+
+def differences(a: Config, b: Config, path: str = "") -> list[str]:
+    """Lists the fields in which two configs differ, as "path: value -> value"."""
+    if type(a) is not type(b):
+        return [f"{path}: {type(a).__name__} -> {type(b).__name__}"]
+    found: list[str] = []
+    for field in dataclasses.fields(a):
+        where = f"{path}.{field.name}" if path else field.name
+        left, right = getattr(a, field.name), getattr(b, field.name)
+        if isinstance(left, Config) and isinstance(right, Config):
+            found += differences(left, right, where)
+        elif left != right:
+            found.append(f"{where}: {left!r} -> {right!r}")
+    return found

@@ -1,0 +1,142 @@
+"""The one door for starting from something: load a checkpoint, transform its tree, put it over a fresh state.
+
+A transform is a function from a nested dict of arrays (unrolled names) to another. `StartFrom` covers the common ones; recipes
+written in Python may pass any list to `initialize`.
+"""
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.config import Config
+from sparse_lm.layers.parameter import map_leaves
+from sparse_lm.train.checkpoint import CheckpointError, mismatches
+from sparse_lm.train.state import TrainState, rolled, unrolled
+
+Tree = dict[str, Any]
+Transform = Callable[[Tree], Tree]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StartFrom(Config):
+    """What a run starts from."""
+
+    run: str | None = None
+    """Directory of another run; None: fresh initial values."""
+    step: int | None = None
+    """Its checkpoint; None: the newest."""
+    keep: Literal["parameters", "everything"] = "parameters"
+    """Take the parameters and begin at step 0, or continue with step, optimizer, router state and random key (a branch of a schedule)."""
+    include: tuple[str, ...] = ("*",)
+    """Globs over parameter paths to load; others keep fresh values."""
+    exclude: tuple[str, ...] = ()
+    """Globs over parameter paths that keep fresh values, such as `head`."""
+    rename: tuple[str, ...] = ()
+    """Regular expressions old=new applied to the source's parameter paths, in order."""
+
+    def check(self) -> None:
+        """See Config.check."""
+        self.require(self.step is None or self.step >= 0, "step", "None or 0 and above")
+        for entry in self.rename:
+            self.require(entry.count("=") == 1, "rename", "entries of the form old=new")
+            try:
+                re.compile(entry.partition("=")[0])
+            except re.error as error:
+                self.require(False, "rename", f"valid regular expressions ({error})")
+        partial = self.include != ("*",) or self.exclude
+        self.require(not (self.keep == "everything" and partial), "keep", "parameters, when include or exclude select some")
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Returns {dotted path: leaf}."""
+    flat: dict[str, Any] = {}
+    map_leaves(lambda path, leaf: flat.__setitem__(path, leaf), tree)
+    return flat
+
+
+def unflatten(flat: dict[str, Any]) -> Tree:
+    """The inverse of `flatten`."""
+    tree: Tree = {}
+    for path, leaf in flat.items():
+        node = tree
+        *parents, last = path.split(".")
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return tree
+
+
+def rename(pattern: str, replacement: str) -> Transform:
+    """Returns the transform that renames parameter paths by a regular expression."""
+
+    def transform(tree: Tree) -> Tree:
+        flat = {re.sub(pattern, replacement, path): leaf for path, leaf in flatten(tree["params"]).items()}
+        return {**tree, "params": unflatten(flat)}
+
+    return transform
+
+
+def select(include: Sequence[str], exclude: Sequence[str]) -> Transform:
+    """Returns the transform that keeps the parameters whose path matches a glob of `include` and none of `exclude`."""
+
+    def wanted(path: str) -> bool:
+        return any(fnmatch.fnmatch(path, g) for g in include) and not any(fnmatch.fnmatch(path, g) for g in exclude)
+
+    def transform(tree: Tree) -> Tree:
+        return {**tree, "params": unflatten({p: leaf for p, leaf in flatten(tree["params"]).items() if wanted(p)})}
+
+    return transform
+
+
+def parameters_only(tree: Tree) -> Tree:
+    """The transform that drops all but the parameters: a fresh optimizer, step 0."""
+    return {"params": tree["params"]}
+
+
+def transforms_of(config: StartFrom) -> list[Transform]:
+    """Returns the transforms that a config asks for, in order."""
+    transforms = [rename(*entry.split("=")) for entry in config.rename]
+    if config.include != ("*",) or config.exclude:
+        transforms.append(select(config.include, config.exclude))
+    if config.keep == "parameters":
+        transforms.append(parameters_only)
+    return transforms
+
+
+def initialize(fresh: TrainState, source: Tree, transforms: Sequence[Transform], *, partial: bool) -> TrainState:
+    """Puts a source's transformed tree over a fresh state of one member.
+
+    Args:
+      fresh: the run's own initial state.
+      source: state as nested dicts with unrolled names, from `checkpoint.read_checkpoint`.
+      transforms: applied to the source in order.
+      partial: whether parameters that the source lacks may keep their fresh values.
+
+    Raises:
+      CheckpointError: listing leaves that are unexpected, reshaped, or (unless partial) missing.
+    """
+    for transform in transforms:
+        source = transform(source)
+    target = unrolled(fresh)
+    loaded = {name: subtree for name, subtree in source.items() if subtree or name == "params"}
+    problems = mismatches({name: target[name] for name in loaded}, loaded)
+    if partial:
+        problems = [line for line in problems if not line.startswith("  missing")]
+    if problems:
+        raise CheckpointError("the source does not fit this recipe:\n" + "\n".join(problems))
+    flat = flatten({name: target[name] for name in loaded})
+    flat.update(flatten(loaded))
+    merged = {**target, **unflatten(flat)}
+    if fresh.ema and "ema" not in loaded:
+        merged["ema"] = merged["params"]
+    return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), rolled(merged, fresh), fresh)
+
+
+def is_partial(config: StartFrom) -> bool:
+    """Says whether parameters that the source lacks may keep fresh values."""
+    return config.include != ("*",) or bool(config.exclude) or bool(config.rename)

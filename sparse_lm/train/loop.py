@@ -1,0 +1,340 @@
+"""The loop around the pure step: data in, numbers out, saves, validation, and clear stops.
+
+The numbers of step n are read while step n + 1 runs, so the device never waits for the host.
+"""
+
+import json
+import math
+import pathlib
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_lm.accounting import account
+from sparse_lm.config import ConfigError, to_dict, validate
+from sparse_lm.data.dataset import Dataset
+from sparse_lm.data.pipeline import prepare, train_stream
+from sparse_lm.recipe import SCHEMA, Recipe, differences, load_recipe, save_recipe
+from sparse_lm.routing.diagnostics import router_row
+from sparse_lm.train import machine
+from sparse_lm.train.checkpoint import Checkpointer
+from sparse_lm.train.metrics import Meter, Writers, open_writers
+from sparse_lm.train.progress import Progress
+from sparse_lm.train.session import Session, open_session, starting_point
+from sparse_lm.train.state import TrainState
+from sparse_lm.train.step import PULSE
+from sparse_lm.train.validation import EvalStep, build_eval_step, validation_row
+
+RESUMABLE = 75
+"""Exit code of a run that was told to stop and saved (EX_TEMPFAIL of sysexits.h): start it again to go on."""
+
+FREE_FIELDS = ("log.", "checkpoint.", "validation.", "name:", "data.directory", "data.workers")
+"""Fields in which a resumed run may differ from the run it continues: they change no number that is trained on."""
+
+
+class TrainingDiverged(RuntimeError):
+    """More steps in a row than allowed were not finite."""
+
+
+class Prefetch:
+    """Takes batches from a stream in a thread and places them on the devices, two ahead; states stay with their batches."""
+
+    def __init__(self, stream: Iterator[tuple[Any, dict[str, Any]]], put: Callable[[Any], Any], check: Callable[[Any], None]):
+        self._queue: queue.Queue = queue.Queue(2)
+        self._stop = threading.Event()
+        self._stream, self._put, self._check = stream, put, check
+        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def _fill(self) -> None:
+        try:
+            for batch, state in self._stream:
+                self._check(batch)
+                self._offer((self._put(batch), state, None))
+                if self._stop.is_set():
+                    return
+        except Exception as error:  # handed to the loop, which raises it
+            self._offer((None, None, error))
+
+    def _offer(self, item: Any) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def next(self) -> tuple[Any, dict[str, Any]]:
+        """Returns (batch on the devices, the data state after it)."""
+        batch, state, error = self._queue.get()
+        if error is not None:
+            raise error
+        return batch, state
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._stop.set()
+        self._thread.join()
+
+
+class Termination:
+    """Turns SIGTERM and SIGINT into a request to save and stop; a second signal acts as usual."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Termination":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def _request(self, number: int, frame: Any) -> None:
+        self.requested = True
+        signal.signal(number, self._previous[number])
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def train(recipe: Recipe, run_dir: pathlib.Path) -> int:
+    """Trains a recipe in a run directory, continuing what is there.
+
+    Returns:
+      0 when all steps are done, RESUMABLE when a signal stopped the run after saving.
+
+    Raises:
+      ConfigError: for a recipe that cannot be run, before anything is compiled.
+      TrainingDiverged: when too many steps in a row were not finite.
+    """
+    validate(recipe)
+    check_same_run(recipe, run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    dataset = prepare(recipe.data)
+    if dataset.tokenizer.vocab_size > recipe.model.vocab_size:
+        raise ConfigError("model.vocab_size", recipe.model.vocab_size, f"at least the tokenizer's {dataset.tokenizer.vocab_size}")
+    session = open_session(recipe)
+    write_description(session, dataset, run_dir)
+    checkpointer = Checkpointer(
+        run_dir / "checkpoints",
+        recipe.checkpoint,
+        session.abstract,
+        session.dims,
+        session.mesh,
+        population=recipe.population.active,
+    )
+    latest = checkpointer.latest()
+    if latest is None:
+        state, data_state = starting_point(session)
+    else:
+        state, data_state = checkpointer.restore(latest, session.shardings)
+    first = int(np.asarray(state.step).reshape(-1)[0])
+    progress = Progress(recipe.name, recipe.train.steps, recipe.log.display)
+    writers = open_writers(run_dir, recipe.log, latest, session.members, to_dict(recipe))
+    with Termination() as termination, writers, progress:
+        run = Run(session, dataset, run_dir, checkpointer, writers, progress, termination)
+        try:
+            finished = run.steps(state, data_state, first)
+        finally:
+            checkpointer.close()
+    return 0 if finished else RESUMABLE
+
+
+def check_same_run(recipe: Recipe, run_dir: pathlib.Path) -> None:
+    """Raises ConfigError if the directory holds a run of another recipe."""
+    if not (run_dir / "checkpoints").is_dir() or not any((run_dir / "checkpoints").iterdir()):
+        return
+    changed = [line for line in differences(load_recipe(run_dir), recipe) if not line.startswith(FREE_FIELDS)]
+    if changed:
+        allowed = "the recipe that it was started with, or another --run-dir (start_from.run branches from it). Changed: "
+        raise ConfigError("run_dir", str(run_dir), allowed + "; ".join(changed))
+
+
+def write_description(session: Session, dataset: Dataset, run_dir: pathlib.Path) -> None:
+    """Writes config.json, environment.json, data.json, accounting.json and the tokenizer into the run directory."""
+    save_recipe(session.recipe, run_dir)
+    lines = account(session.recipe.model, session.recipe.data.sequence_length)
+    assert lines.parameters == session.definition.parameters(), "the account does not add up to the tree"
+    documents = {
+        "environment.json": machine.environment(),
+        "data.json": dataset.describe(),
+        "accounting.json": [row._asdict() for row in lines.rows],
+    }
+    for name, document in documents.items():
+        (run_dir / name).write_text(json.dumps(document, indent=1, default=str) + "\n")
+
+
+class Run:
+    """The steps of one run from one starting point."""
+
+    def __init__(
+        self,
+        session: Session,
+        dataset: Dataset,
+        run_dir: pathlib.Path,
+        checkpointer: Checkpointer,
+        writers: Writers,
+        progress: Progress,
+        termination: Termination,
+    ):
+        self.session, self.dataset, self.run_dir = session, dataset, run_dir
+        self.checkpointer, self.writers, self.progress, self.termination = checkpointer, writers, progress, termination
+        self.recipe = session.recipe
+        self.eval_step: EvalStep = build_eval_step(session.definition, self.recipe.population)
+        self.energy = machine.Energy()
+        self.validation_loss = math.nan
+        self.profiling = False
+
+    def steps(self, state: TrainState, data_state: dict[str, Any] | None, first: int) -> bool:
+        """Runs from step `first` to the end; returns whether the end was reached."""
+        recipe, session = self.recipe, self.session
+        compiled, compile_s = session.compile_step()
+        meter = self._meter(first, data_state)
+        self.progress.start(first, self._note(compile_s, first))
+        stream = train_stream(
+            self.dataset,
+            recipe.data,
+            seed=recipe.seed,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            state=data_state,
+        )
+        prefetch = Prefetch(stream, session.put, self._check_documents)
+        total, pending = recipe.train.steps, None
+        try:
+            for step in range(first, total):
+                self._profile(step)
+                with meter.waiting():
+                    batch, data_state = prefetch.next()
+                state, metrics = compiled(state, batch)
+                if pending is not None:
+                    self._report(pending, meter)
+                pending, done = (step + 1, metrics), step + 1
+                if self._due(recipe.validation.every, done) and done < total:
+                    pending = self._report(pending, meter)
+                    with meter.paused():
+                        self._validate(state, done, meter)
+                stop = self.termination.requested and done < total
+                if stop or (self._due(recipe.checkpoint.every, done) and done < total):
+                    pending = pending and self._report(pending, meter)
+                    self._save(state, data_state, done)
+                if stop:
+                    self.progress.close(f"stopped by a signal after step {done}, saved; run the same command again to go on")
+                    return False
+            if pending is not None:
+                self._report(pending, meter)
+            if first < total:
+                with meter.paused():
+                    self._validate(state, total, meter)
+                self._save(state, data_state, total)
+            self.progress.close(f"finished {total} steps; checkpoints in {self.run_dir / 'checkpoints'}")
+            return True
+        finally:
+            prefetch.close()
+            if self.profiling:
+                jax.profiler.stop_trace()
+
+    def _due(self, every: int, done: int) -> bool:
+        return every > 0 and done % every == 0
+
+    def _meter(self, first: int, data_state: dict[str, Any] | None) -> Meter:
+        recipe, device = self.recipe, jax.devices()[0]
+        lines = account(recipe.model, recipe.data.sequence_length)
+        peak = machine.peak_flops(device.device_kind, recipe.model.compute_dtype)
+        peak = peak and peak * self.session.mesh.size
+        flops = lines.train_flops * (self.session.members or 1)
+        tokens, seconds = 0, 0.0
+        path = self.run_dir / "metrics.jsonl"
+        if first and path.exists():
+            rows = [json.loads(line) for line in path.read_text().splitlines() if line]
+            trained = [row for row in rows if row.get("kind") == "train" and row["step"] <= first]
+            if trained:
+                tokens, seconds = trained[-1]["tokens"], trained[-1]["seconds"]
+                per_step = tokens / trained[-1]["step"]
+                tokens += round(per_step * (first - trained[-1]["step"]))
+        return Meter(flops, peak, tokens, seconds)
+
+    def _note(self, compile_s: float, first: int) -> str:
+        recipe, lines = self.recipe, account(self.recipe.model, self.recipe.data.sequence_length)
+        device = jax.devices()[0]
+        members = f", {self.session.members} members" if self.session.members else ""
+        start = f"continuing after step {first}" if first else "from fresh initial values"
+        mesh = ", ".join(f"{axis} {size}" for axis, size in self.session.mesh.shape.items() if size > 1)
+        return "\n".join(
+            [
+                f"{recipe.name}: {lines.parameters / 1e6:.2f} M parameters, {lines.active_parameters / 1e6:.2f} M active{members}; {start}",
+                f"{self.session.mesh.size} x {device.device_kind}{f' ({mesh})' if mesh else ''}; step compiled in {compile_s:.1f} s",
+                machine.peak_statement(device.device_kind, recipe.model.compute_dtype, self.session.mesh.size),
+            ]
+        )
+
+    def _check_documents(self, batch: dict[str, np.ndarray]) -> None:
+        most = self.recipe.model.attention.max_documents
+        found = int(batch["segments_BL"].max())
+        if found > most:
+            raise ConfigError("model.attention.max_documents", most, f"at least {found}, the documents of a row in this data")
+
+    def _profile(self, step: int) -> None:
+        log = self.recipe.log
+        if log.profile_start is None:
+            return
+        if step == log.profile_start:
+            jax.profiler.start_trace(str(self.run_dir / "profile"))
+            self.profiling = True
+        if step == log.profile_start + log.profile_steps and self.profiling:
+            jax.profiler.stop_trace()
+            self.profiling = False
+            self.progress.event(f"profile written to {self.run_dir / 'profile'}")
+
+    def _report(self, pending: tuple[int, dict[str, Any]], meter: Meter) -> None:
+        """Reads the numbers of a finished step; writes a row when one is due; stops a run that has diverged."""
+        done, metrics = pending
+        pulse = dict(zip(PULSE, np.moveaxis(np.asarray(metrics["pulse"]), -1, 0)))
+        meter.step(int(pulse["tokens"].max()))
+        if (pulse["skipped"] > 0).any():
+            self._skipped(done, pulse, metrics)
+        if done % self.recipe.log.log_every and done != self.recipe.train.steps:
+            return
+        row: dict[str, Any] = {"kind": "train", "step": done, **meter.read()}
+        row.update({name: pulse[name] for name in ("loss", "learning_rate", "grad_norm", "skipped")})
+        row.update(router_row(jax.device_get(metrics["blocks"]), population=self.recipe.population.active))
+        if (statistics := machine.memory_statistics()) is not None:
+            row["memory_peak_bytes"] = statistics["peak_bytes"]
+        if (joules := self.energy.joules()) is not None:
+            row["joules_per_token"] = joules / max(meter.tokens, 1)
+        self.writers.write(row)
+        self.progress.update(row)
+
+    def _skipped(self, done: int, pulse: dict[str, np.ndarray], metrics: dict[str, Any]) -> None:
+        norms = jax.device_get(metrics["group_norms"])
+        groups = sorted(name for name, norm in norms.items() if not np.isfinite(norm).all())
+        self.writers.write({"kind": "event", "step": done, "event": "skipped", "skipped": pulse["skipped"], "groups": groups})
+        self.progress.event(f"step {done} skipped: not finite in {', '.join(groups) or 'the loss'}")
+        # A population goes on while any member is sound.
+        if (pulse["skipped"] > self.recipe.train.skip_limit).all():
+            self.checkpointer.wait()
+            raise TrainingDiverged(
+                f"{int(pulse['skipped'].min())} steps in a row up to step {done} were not finite (train.skip_limit = "
+                f"{self.recipe.train.skip_limit}); gradients not finite in: {', '.join(groups) or 'none, only the loss'}; "
+                f"last good checkpoint: {self.checkpointer.latest()} in {self.run_dir / 'checkpoints'}"
+            )
+
+    def _validate(self, state: TrainState, done: int, meter: Meter) -> None:
+        params = state.ema if state.ema else state.params
+        recipe = self.recipe
+        numbers = validation_row(self.eval_step, params, state.model_state, self.dataset, recipe.data, recipe.validation)
+        totals = {"tokens": meter.tokens, "seconds": meter.seconds, "flops": meter.tokens * meter.flops_per_token}
+        row = {"kind": "validation", "step": done, **totals, **numbers}
+        self.validation_loss = float(np.mean(numbers["loss"]))
+        self.writers.write(row)
+        self.progress.validation(row)
+
+    def _save(self, state: TrainState, data_state: dict[str, Any], done: int) -> None:
+        recipe = {"schema": SCHEMA, "recipe": to_dict(self.recipe)}
+        self.checkpointer.save(done, state, data_state, recipe, self.validation_loss)

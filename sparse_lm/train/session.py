@@ -1,0 +1,147 @@
+"""What a run needs before its first step: mesh, shardings, state, compiled step; built once, explicit, without side effects.
+
+Legend: B batch, L length.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from sparse_lm.layers.parameter import map_leaves
+from sparse_lm.model.definition import Definition, define
+from sparse_lm.parallel import rules
+from sparse_lm.recipe import Recipe
+from sparse_lm.train.checkpoint import read_checkpoint
+from sparse_lm.train.initialize import initialize, is_partial, transforms_of
+from sparse_lm.train.parametrization import learning_rate_scales
+from sparse_lm.train.population import member_arrays, over_members
+from sparse_lm.train.state import TrainState, dims_of, initial_state
+from sparse_lm.train.step import build_step
+from sparse_lm.train.validation import MODEL_ARRAYS
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A recipe placed on devices.
+
+    Attributes:
+      recipe: the recipe.
+      definition: the abstract model.
+      mesh: the devices.
+      abstract: shapes of the state; a population's leaves have a leading members dimension.
+      dims: logical dims of every leaf of the state.
+      shardings: sharding of every leaf.
+      multipliers: learning-rate multiplier, or one per member.
+      create: makes the initial state of every member, sharded.
+    """
+
+    recipe: Recipe
+    definition: Definition
+    mesh: Mesh
+    abstract: TrainState
+    dims: TrainState
+    shardings: TrainState
+    multipliers: jax.Array
+    create: Callable[[], TrainState]
+
+    @property
+    def members(self) -> int | None:
+        """Size of the population, or None."""
+        return len(self.recipe.population.members(self.recipe.seed)) if self.recipe.population.active else None
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Places this process's rows of a batch."""
+        sharding = rules.batch_sharding(self.mesh)
+        return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in MODEL_ARRAYS}
+
+    def compile_step(self) -> tuple[Any, float]:
+        """Compiles the step ahead of time; returns (step(state, batch) -> (state, metrics), seconds)."""
+        recipe = self.recipe
+        step = over_members(build_step(self.definition, recipe.optimizer, recipe.train), recipe.population, (0, None, 0))
+        shape = (recipe.data.batch_size, recipe.data.sequence_length)
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rules.batch_sharding(self.mesh)) for name in MODEL_ARRAYS
+        }
+        state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            self.abstract,
+            self.shardings,
+        )
+        multipliers = self.multipliers
+
+        def placed(state: TrainState, batch: dict[str, jax.Array]) -> Any:
+            return step(state, batch, multipliers)
+
+        start = time.perf_counter()
+        jitted = jax.jit(placed, donate_argnums=0, out_shardings=(self.shardings, rules.replicated(self.mesh)))
+        compiled = jitted.lower(state, batch).compile()
+        return compiled, time.perf_counter() - start
+
+
+def open_session(recipe: Recipe, devices: list[jax.Device] | None = None) -> Session:
+    """Builds the mesh, the abstract model and the shardings of a recipe.
+
+    Raises:
+      ConfigError: if the mesh does not fit the devices or the batch does not divide over it.
+    """
+    mesh = recipe.mesh.build(devices)
+    definition = define(recipe.model)
+    optimizer, population = recipe.optimizer, recipe.population
+    scales = learning_rate_scales(recipe.model.parametrization, optimizer, definition.dims, definition.shapes)
+    transformation = optimizer.build(definition.dims, scales)
+    with_ema = recipe.train.ema_decay is not None
+
+    def create(seed: jax.Array) -> TrainState:
+        return initial_state(definition, transformation, seed, with_ema=with_ema)
+
+    seeds, multipliers = member_arrays(population, recipe.seed)
+    dims = dims_of(definition, jax.eval_shape(create, 0))
+    if population.active:
+        dims = TrainState(
+            **{
+                field.name: map_leaves(lambda _, names: ("members", *names), getattr(dims, field.name))
+                for field in dataclasses.fields(dims)
+            }
+        )
+    create_all = over_members(create, population, (0,))
+    abstract = jax.eval_shape(create_all, seeds)
+
+    def shard(names: Any, shapes: Any) -> Any:
+        return rules.shardings(names, jax.tree.map(lambda leaf: leaf.shape, shapes), mesh)
+
+    shardings = TrainState(
+        **{
+            field.name: shard(getattr(dims, field.name), getattr(abstract, field.name))
+            for field in dataclasses.fields(dims)
+        }
+    )
+    made = jax.jit(create_all, out_shardings=shardings)
+    return Session(recipe, definition, mesh, abstract, dims, shardings, multipliers, lambda: made(seeds))
+
+
+def starting_point(session: Session) -> tuple[TrainState, dict[str, Any] | None]:
+    """Returns the state to begin with and, when a run is continued whole, its data state.
+
+    Raises:
+      CheckpointError: when `start_from` names a checkpoint that is not there or does not fit.
+    """
+    state, start = session.create(), session.recipe.start_from
+    if start.run is None:
+        return state, None
+    source = read_checkpoint(pathlib.Path(start.run) / "checkpoints", start.step)
+    transforms, partial = transforms_of(start), is_partial(start)
+    if session.members is None:
+        state = initialize(state, source.state, transforms, partial=partial)
+    else:
+        fresh = [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(session.members)]
+        members = [initialize(member, source.state, transforms, partial=partial) for member in fresh]
+        state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    state = rules.place(state, session.shardings)
+    return state, source.data_state if start.keep == "everything" else None
