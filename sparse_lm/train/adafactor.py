@@ -6,6 +6,7 @@ stacked step equals the unrolled one. On a single matrix the result is optax's (
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -91,7 +92,7 @@ class Adafactor(Optimizer):
             squares = map_leaves(lambda _, grad: jnp.square(grad) + self.epsilon, grads)
             flat_squares = flatten(squares)
 
-            def average(axis: int | None):
+            def average(axis: int | None) -> Callable[[str, jax.Array], jax.Array]:
                 def step(path: str, old: jax.Array) -> jax.Array:
                     new = flat_squares[path] if axis is None else jnp.mean(flat_squares[path], axis=axis)
                     return keep * old + (1.0 - keep) * new
