@@ -22,10 +22,15 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of Jordan et al.: fast from small singular values, then within about [0.7, 1.2] of 1, never exact."""
 
 
+NORM_FLOOR = 1e-8
+"""Added to the norm of a matrix: one whose gradients vanish (an expert without tokens) comes to rest, where a pure
+orthogonalisation would keep taking full steps along the last bits of its momentum."""
+
+
 def orthogonalize(x: jax.Array, iterations: int = 5, dtype: Literal["bfloat16", "float32"] = "bfloat16") -> jax.Array:
     """Returns nearly U V^T of each matrix U S V^T by the quintic Newton-Schulz iteration.
 
-    X <- a X + b (X X^T) X + c (X X^T)^2 X, from X / |X|_F. A zero matrix stays zero.
+    X <- a X + b (X X^T) X + c (X X^T)^2 X, from X / (|X|_F + 1e-8). A zero matrix stays zero.
 
     Args:
       x: [..., in, out], leading dims are a batch.
@@ -36,7 +41,7 @@ def orthogonalize(x: jax.Array, iterations: int = 5, dtype: Literal["bfloat16", 
       An array of the shape and dtype of x; singular values within about [0.7, 1.2].
     """
     norm = jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1), keepdims=True))
-    y = (x / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)).astype(dtype)
+    y = (x / (norm + NORM_FLOOR)).astype(dtype)
     wide = x.shape[-2] <= x.shape[-1]
     y = y if wide else jnp.swapaxes(y, -2, -1)
     precision = "highest" if dtype == "float32" else None  # a GPU's default for fp32 is TF32

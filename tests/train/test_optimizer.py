@@ -235,11 +235,13 @@ def test_orthogonalize_brings_singular_values_near_one(shape: tuple[int, int]) -
         assert values[: large.sum()].min() > 0.6
 
 
-def test_orthogonalize_keeps_zero_matrices_and_ignores_scale() -> None:
+def test_orthogonalize_ignores_scale_and_lets_vanished_matrices_rest() -> None:
     x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 6, 9)), jnp.float32).at[1].set(0.0)
     out = orthogonalize(x, dtype="float32")
     assert not np.any(out[1])
-    np.testing.assert_allclose(orthogonalize(1e-12 * x, dtype="float32"), out, atol=1e-5)
+    np.testing.assert_allclose(orthogonalize(1e-3 * x, dtype="float32"), out, atol=1e-4)
+    # Squares of 1e-20 underflow: the momentum of an expert without tokens gets there after some 900 steps.
+    assert float(jnp.max(jnp.abs(orthogonalize(1e-20 * x, dtype="float32")))) < 1e-6
 
 
 def test_muon_scales_by_shape() -> None:
