@@ -89,8 +89,8 @@ def _builder_class() -> Any:
 
         VERSION = tfds.core.Version(VERSION)
 
-        def __init__(self, *, source: TextSource, **keywords: Any):
-            self._source = source
+        def __init__(self, *, source: TextSource, note: Callable[[str], Any], **keywords: Any):
+            self._source, self._note = source, note
             super().__init__(**keywords)
 
         def _info(self) -> Any:
@@ -100,7 +100,9 @@ def _builder_class() -> Any:
             )
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            return {split: self._generate_examples(found) for split, found in self._source.documents().items()}
+            return {
+                split: self._generate_examples(found) for split, found in self._source.documents(self._note).items()
+            }
 
         def _generate_examples(self, documents: Iterator[Document]) -> Iterator[tuple[int, dict[str, str]]]:
             for number, document in enumerate(documents):
@@ -138,15 +140,17 @@ def write_corpus(source: TextSource, directory: pathlib.Path, report: Callable[[
     final = directory / "sparse_lm_text" / key / VERSION
     if not (final / "dataset_info.json").exists():
         report(f"corpus: reading {type(source).__name__.lower()} into {final}")
+        notes: list[str] = []
         with _quiet_progress():
             builder = _builder_class()(
                 source=source,
+                note=notes.append,
                 data_dir=str(directory),
                 config=tfds.core.BuilderConfig(name=key, version=tfds.core.Version(VERSION)),
                 file_format="array_record",
             )
             builder.download_and_prepare()
-        for line in source.notes():
+        for line in notes:
             report(f"corpus: {line}")
     return Corpus(str(final), {"train": "train", "validation": "validation"})
 

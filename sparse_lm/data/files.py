@@ -6,7 +6,7 @@ import gzip
 import json
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -185,11 +185,17 @@ class Files(TextSource):
         chosen[np.argsort(ranks, kind="stable")[: max(1, round(total * self.validation_fraction))]] = True
         return np.split(chosen, np.cumsum(counts)[:-1])
 
-    def documents(self) -> dict[Split, Iterator[Document]]:
+    def documents(self, note: Callable[[str], Any]) -> dict[Split, Iterator[Document]]:
         files = find(self.paths)
         masks = self.held_out(files)
-        if sum(len(mask) for mask in masks) == 1:
+        total = sum(len(mask) for mask in masks)
+        if total == 1:
+            note(f"one document; its last {100 * self.validation_fraction:g}% is validation")
             return self._cut(files)
+        names = [file.name for file, mask in zip(files, masks, strict=True) if mask.any()]
+        shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+        count = sum(int(mask.sum()) for mask in masks)
+        note(f"{len(files)} files, {total} documents; {count} for validation, in: {shown}")
 
         def generate(split: Split) -> Iterator[Document]:
             for file, mask in zip(files, masks, strict=True):
@@ -214,15 +220,3 @@ class Files(TextSource):
         return {
             split: iter([Document(f"{file.name}#{split}", part, domain, self.license)]) for split, part in parts.items()
         }
-
-    def notes(self) -> list[str]:
-        files = find(self.paths)
-        masks = self.held_out(files)
-        total = sum(len(mask) for mask in masks)
-        if total == 1:
-            return [f"one document; its last {100 * self.validation_fraction:g}% is validation"]
-        names = [file.name for file, mask in zip(files, masks, strict=True) if mask.any()]
-        shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
-        return [
-            f"{len(files)} files, {total} documents; {sum(int(m.sum()) for m in masks)} for validation, in: {shown}"
-        ]

@@ -16,7 +16,7 @@ import pathlib
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sparse_lm.data.source import Document, MissingSource, Split, TextSource
@@ -165,7 +165,9 @@ class Packaged(TextSource):
             held_out["code"] = list(VALIDATION_MODULES)
         return {**self.identity(), "versions": versions, "validation": held_out}
 
-    def documents(self) -> dict[Split, Iterator[Document]]:
+    def documents(self, note: Callable[[str], Any]) -> dict[Split, Iterator[Document]]:
+        for line in self._held_out():
+            note(line)
         seen: set[bytes] = set()
 
         def generate(split: Split) -> Iterator[Document]:
@@ -184,7 +186,7 @@ class Packaged(TextSource):
 
         return {"train": generate("train"), "validation": generate("validation")}
 
-    def notes(self) -> list[str]:
+    def _held_out(self) -> list[str]:
         lines = []
         if self.speeches:
             lines.append(f"validation speeches: years {', '.join(map(str, VALIDATION_YEARS))}")

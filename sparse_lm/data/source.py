@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from sparse_lm.config import Config
@@ -56,10 +56,10 @@ class TextSource(Source):
         """
         raise NotImplementedError
 
-    def documents(self) -> dict[Split, Iterator[Document]]:
-        """Returns the documents of each split in a fixed order; train must be exhausted before validation is read."""
-        raise NotImplementedError
+    def documents(self, note: Callable[[str], Any]) -> dict[Split, Iterator[Document]]:
+        """Returns the documents of each split in a fixed order; train must be exhausted before validation is read.
 
-    def notes(self) -> list[str]:
-        """Returns lines worth printing when the corpus is built (what was found, how it was split)."""
-        return []
+        Args:
+          note: called with lines worth printing (what was found, how it was split), also while documents are read.
+        """
+        raise NotImplementedError
