@@ -4,14 +4,13 @@
     python -m pallas_kernels.benchmark.grouped tune           every tile candidate of every product: the autotuner
     python -m pallas_kernels.benchmark.grouped check          values on this device, ragged groups, poisoned memory
 
-Device time by CUPTI, torch's kernels included, all in one process. Weights and rows are fully random (zeros run faster). Legend: A rows, E experts, K, N dims.
+Times are of full device queues, the same loop for every library, in turn in one process; CUPTI's sum of kernel times stands beside them. Weights and rows are fully random (zeros run faster). Legend: A rows, E experts, K, N dims.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import time
 
@@ -80,7 +79,7 @@ def dense(x, w, dy):
 
 
 def torch_products(x, w, dy, sizes):
-    """`torch._grouped_mm` on the same memory; each call waits for the device, whose kernels alone are timed."""
+    """`torch._grouped_mm` on the same memory."""
     import torch
 
     tx, tw, tdy = (torch.from_dlpack(a) for a in (x, w, dy))
@@ -91,11 +90,19 @@ def torch_products(x, w, dy, sizes):
         "dw": lambda: torch._grouped_mm(tx.t(), tdy, offs=offsets),
     }
 
-    def waiting(call):
-        call()
-        torch.cuda.synchronize()
+    return calls
 
-    return {name: functools.partial(waiting, call) for name, call in calls.items()}
+
+def queue_seconds(function, arguments, synchronize, least: float = 0.03) -> float:
+    """Seconds per call with the device queue kept full: one wait for many calls, the same for every library. Only for calls of 0.2 ms and more."""
+    begin = time.perf_counter()
+    synchronize(function(*arguments))
+    calls = max(3, min(50, int(least / (time.perf_counter() - begin))))
+    begin = time.perf_counter()
+    for _ in range(calls):
+        result = function(*arguments)
+    synchronize(result)
+    return (time.perf_counter() - begin) / calls
 
 
 def candidates():
@@ -104,11 +111,11 @@ def candidates():
     from pallas_kernels.grouped_matmul.mosaic_gpu_weight import WeightTiles
 
     found = {}
-    for (bm, bn), (minor, width) in ((t, o) for t in ((128, 256), (256, 128)) for o in ((0, 8), (1, 4), (0, 32))):
-        found[f"{bm}x{bn} minor{minor} width{width}"] = (
-            ProductTiles(bm, bn, minor=minor, width=width),
-            WeightTiles(bm, bn, minor=minor, width=width),
-        )
+    tiles = ((128, 256, 1), (256, 128, 1), (256, 128, 2))
+    for (bm, bn, cluster), (minor, width) in ((t, o) for t in tiles for o in ((0, 8), (1, 4), (0, 32))):
+        options = {"minor": minor, "width": width, "cluster": cluster}
+        name = f"{bm}x{bn} c{cluster} minor{minor} width{width}"
+        found[name] = (ProductTiles(bm, bn, **options), WeightTiles(bm, bn, **options))
     return found
 
 
@@ -134,6 +141,24 @@ def roofline(shape: str, itemsize: int) -> float:
     return max(2 * rows * inner * outer / peak[0], moved / peak[1]) if peak else 0.0
 
 
+def queue_times(ready, problem_arguments, rounds: int):
+    """Samples of `queue_seconds` per name, in turn, round after round; torch's products are added where torch sees a GPU."""
+    jobs = {name: (f, arguments, jax.block_until_ready) for name, (f, arguments) in ready.items()}
+    if has_device_timer():
+        with contextlib.suppress(ImportError):
+            import torch
+
+            for product, call in torch_products(*problem_arguments).items():
+                jobs[f"torch|{product}"] = (call, (), lambda _: torch.cuda.synchronize())
+    samples = {name: [] for name in jobs}
+    for f, arguments, synchronize in jobs.values():
+        synchronize(f(*arguments))
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            samples[name].append(queue_seconds(*job))
+    return samples
+
+
 def measure(shape: str, skews, functions, dtype, report, iterations: int, rounds: int):
     """Time dense, torch and our functions of one shape in turn; one report row per group sizes, product and implementation."""
     rows, inner, outer, _ = SHAPES[shape]
@@ -147,11 +172,15 @@ def measure(shape: str, skews, functions, dtype, report, iterations: int, rounds
     for skew in skews:
         sizes = jnp.asarray(sizes_of(skew, *(SHAPES[shape][i] for i in (0, 3))))
         ready = {n: (f, todo[n][1] if n.startswith("dense") else (x, w, dy, sizes)) for n, f in compiled.items()}
+        kernels = {}
         if has_device_timer():
-            with contextlib.suppress(ImportError):
-                ready |= {f"torch|{n}": (f, ()) for n, f in torch_products(x, w, dy, sizes).items()}
-        for name, timing in time_all(ready, iterations=iterations, rounds=rounds).items():
+            try:
+                kernels = {n: t.median for n, t in time_all(ready, iterations=iterations, rounds=rounds).items()}
+            except RuntimeError as error:
+                print("no kernel times:", error)
+        for name, samples in queue_times(ready, (x, w, dy, sizes), rounds).items():
             label, product = name.split("|")
+            seconds = float(np.median(samples))
             memory = compiled[name].memory_analysis().temp_size_in_bytes if name in compiled else None
             report.append(
                 {
@@ -159,10 +188,11 @@ def measure(shape: str, skews, functions, dtype, report, iterations: int, rounds
                     "skew": skew,
                     "product": product,
                     "label": label,
-                    "seconds": timing.median,
-                    "spread": timing.spread,
-                    "tflops": flops / timing.median / 1e12,
-                    "roofline": roofline(shape, x.dtype.itemsize) / timing.median,
+                    "seconds": seconds,
+                    "kernel_seconds": kernels.get(name),
+                    "spread": (max(samples) - min(samples)) / seconds,
+                    "tflops": flops / seconds / 1e12,
+                    "roofline": roofline(shape, x.dtype.itemsize) / seconds,
                     "temporary_bytes": memory,
                 }
             )
@@ -172,14 +202,14 @@ def show(report):
     """A table: per problem and product, time, TFLOP/s and ratios to dense and torch (above 1: faster than they)."""
     base = {(r["label"], r["shape"], r["product"], r["skew"]): r["seconds"] for r in report}
     print(
-        f"{'shape':5s} {'skew':7s} {'product':7s} {'what':26s} {'ms':>9s} {'TF/s':>6s} {'/dense':>6s} {'/torch':>6s} {'/roof':>5s} {'spread':>6s} {'temp MB':>8s}"
+        f"{'shape':5s} {'skew':7s} {'product':7s} {'what':26s} {'ms':>9s} {'kernels':>8s} {'TF/s':>6s} {'/dense':>6s} {'/torch':>6s} {'/roof':>5s} {'spread':>6s} {'temp MB':>8s}"
     )
     for r in sorted(report, key=lambda r: (r["shape"], r["skew"], r["product"], r["seconds"])):
         dense_s = base.get(("dense", r["shape"], r["product"], r["skew"]), float("nan"))
         torch_s = base.get(("torch", r["shape"], r["product"], r["skew"]), float("nan"))
         memory = "" if r["temporary_bytes"] is None else f"{r['temporary_bytes'] / 1e6:8.1f}"
         print(
-            f"{r['shape']:5s} {r['skew']:7s} {r['product']:7s} {r['label']:26s} {r['seconds'] * 1e3:9.3f} {r['tflops']:6.1f} {dense_s / r['seconds']:6.2f} "
+            f"{r['shape']:5s} {r['skew']:7s} {r['product']:7s} {r['label']:26s} {r['seconds'] * 1e3:9.3f} {(r['kernel_seconds'] or 0) * 1e3:8.3f} {r['tflops']:6.1f} {dense_s / r['seconds']:6.2f} "
             f"{torch_s / r['seconds']:6.2f} {r['roofline']:5.2f} {r['spread']:6.2f} {memory}",
             flush=True,
         )

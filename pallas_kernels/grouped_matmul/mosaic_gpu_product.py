@@ -17,13 +17,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.groups import RowGroups
-from pallas_kernels.grouped_matmul.mosaic_gpu_ring import TILED, acquire, out_buffers, run_ring, store_rows
+from pallas_kernels.grouped_matmul.mosaic_gpu_ring import (
+    TILED,
+    acquire,
+    free_barriers,
+    out_buffers,
+    ring_grid,
+    run_ring,
+    shared_by_cluster,
+    store_rows,
+)
 from pallas_kernels.grouped_matmul.schedule import row_tiles
 
 
 @dataclasses.dataclass(frozen=True)
 class ProductTiles:
-    """Tile sizes of one product: CTA tile bm x bn, contraction step bk, ring slots, and the walk over items (`width` tiles of dimension `minor`, 0 rows, 1 columns)."""
+    """Tile sizes of one product: CTA tile bm x bn, contraction step bk, ring slots, the walk over items (`width` tiles of dimension `minor`, 0 rows, 1 columns).
+
+    With `cluster` 2, two CTAs take neighbouring column tiles and each loads half of the row tile for both.
+    """
 
     bm: int = 128
     bn: int = 256
@@ -31,6 +43,7 @@ class ProductTiles:
     slots: int = 4
     minor: int = 0
     width: int = 8
+    cluster: int = 1
 
 
 def grouped_product(
@@ -56,7 +69,7 @@ def grouped_product(
     bm, bn, bk, slots = tiles.bm, tiles.bn, tiles.bk, tiles.slots
     dtype, parts = x_AK.dtype, len(weights)
     outs = 3 if save else 1
-    steps, columns, wm = inner // bk, outer // bn, bm // 2
+    steps, columns, wm = inner // bk, outer // (bn * tiles.cluster), bm // 2
     listed = row_tiles(groups, rows, bm)
 
     def body(tiles_g, count_g, x_g, *refs):
@@ -67,6 +80,7 @@ def grouped_product(
 
         def place(item):
             v, n = plgpu.planar_snake(item, (all_tiles, columns), tiles.minor, tiles.width)
+            n = n * tiles.cluster + (lax.axis_index("pair") if tiles.cluster > 1 else 0)
             return v, n, jnp.where(v < with_steps, jnp.int32(steps), jnp.int32(0))
 
         def produce(item, step):
@@ -75,7 +89,8 @@ def grouped_product(
 
             def load(k, step):
                 slot = acquire(step, slots, free)
-                plgpu.copy_gmem_to_smem(x_g.at[pl.ds(row, bm), pl.ds(k * bk, bk)], x_s.at[slot], full.at[slot])
+                source = x_g.at[pl.ds(row, bm), pl.ds(k * bk, bk)]
+                plgpu.copy_gmem_to_smem(source, x_s.at[slot], full.at[slot], **shared_by_cluster(tiles.cluster))
                 for part, w_g in enumerate(w_gs):
                     ks, ns = pl.ds(k * bk, bk), pl.ds(n * bn, bn)
                     source = w_g.at[weight, ns, ks] if transpose else w_g.at[weight, ks, ns]
@@ -115,13 +130,12 @@ def grouped_product(
                 turn = store_rows(value.astype(dtype), out_g, row, n * bn, own, end, buffers, turn)
             return step + length
 
-        run_ring(all_tiles * columns, ctas, slots, free, produce, consume)
+        run_ring(all_tiles * columns, ctas // tiles.cluster, slots, free, produce, consume)
 
     out = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct((rows, outer), dtype)] * outs,
-        grid=(ctas,),
-        grid_names=("cta",),
+        **ring_grid(ctas, tiles.cluster),
         num_threads=3,
         thread_name="wg",
         interpret=interpret,
@@ -130,7 +144,7 @@ def grouped_product(
             plgpu.SMEM((slots, parts, *((bn, bk) if transpose else (bk, bn))), dtype, transforms=TILED),
             out_buffers(dtype),
             plgpu.Barrier(num_arrivals=1 + parts, num_barriers=slots),
-            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+            free_barriers(slots, tiles.cluster),
         ],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
     )(*listed, x_AK, *weights)

@@ -108,3 +108,21 @@ def out_buffers(dtype):
     """
     tiled, plain = plgpu.SMEM((2, CHUNK, CHUNK), dtype, transforms=TILED), plgpu.SMEM((CHUNK, CHUNK), dtype)
     return [plgpu.RefUnion(tiled, plain) for _ in range(2)]
+
+
+def ring_grid(ctas: int, cluster: int):
+    """Arguments of `plgpu.kernel` for persistent CTAs, alone or in pairs."""
+    grid = {"grid": (ctas // cluster,), "grid_names": ("cta",)}
+    return grid if cluster == 1 else {**grid, "cluster": (cluster,), "cluster_names": ("pair",)}
+
+
+def free_barriers(slots: int, cluster: int):
+    """Barriers on which consumers hand slots back; in a cluster a slot is free when the consumers of all its CTAs have read it."""
+    if cluster == 1:
+        return plgpu.Barrier(num_arrivals=2, num_barriers=slots)
+    return plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=2, num_barriers=slots)
+
+
+def shared_by_cluster(cluster: int):
+    """Arguments of a load whose parts every CTA of the cluster sends to all."""
+    return {} if cluster == 1 else {"collective_axes": "pair"}

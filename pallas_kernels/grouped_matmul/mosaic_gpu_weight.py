@@ -18,13 +18,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.groups import RowGroups
-from pallas_kernels.grouped_matmul.mosaic_gpu_ring import TILED, acquire, out_buffers, run_ring, store_rows
+from pallas_kernels.grouped_matmul.mosaic_gpu_ring import (
+    TILED,
+    acquire,
+    free_barriers,
+    out_buffers,
+    ring_grid,
+    run_ring,
+    shared_by_cluster,
+    store_rows,
+)
 from pallas_kernels.grouped_matmul.schedule import ALIGN
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightTiles:
-    """Tile sizes: CTA tile bm x bn of dw, bk rows a step, ring slots, and the walk over tiles of a group."""
+    """Tile sizes: CTA tile bm x bn of dw, bk rows a step, ring slots, the walk over tiles of a group, CTAs that share the x tile."""
 
     bm: int = 256
     bn: int = 128
@@ -32,6 +41,7 @@ class WeightTiles:
     slots: int = 4
     minor: int = 0
     width: int = 4
+    cluster: int = 1
 
 
 def _largest_first(size_G):
@@ -57,7 +67,8 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
     """
     rows, dtype = x_AK.shape[0], x_AK.dtype
     bm, bn, bk, slots = tiles.bm, tiles.bn, tiles.bk, tiles.slots
-    m_tiles, n_tiles, wm, half = x_AK.shape[1] // bm, dy_AN.shape[1] // bn, bm // 2, bn // 2
+    m_tiles, n_tiles = x_AK.shape[1] // bm, dy_AN.shape[1] // (bn * tiles.cluster)
+    wm, half = bm // 2, bn // 2
     count = groups.size_G.shape[0]
     order_G = _largest_first(groups.size_G)
     start_G, size_G = groups.start_G[order_G], groups.size_G[order_G]
@@ -74,7 +85,7 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
             m, n = plgpu.planar_snake(
                 lax.rem(item, jnp.int32(m_tiles * n_tiles)), (m_tiles, n_tiles), tiles.minor, tiles.width
             )
-            return g, m, n
+            return g, m, n * tiles.cluster + (lax.axis_index("pair") if tiles.cluster > 1 else 0)
 
         def produce(item, step):
             g, m, n = place(item)
@@ -83,7 +94,8 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
             def load(i, step):
                 slot = acquire(step, slots, free)
                 row = pl.ds(pl.multiple_of(jnp.minimum(first + i * bk, rows - bk), ALIGN), bk)
-                plgpu.copy_gmem_to_smem(x_g.at[row, pl.ds(m * bm, bm)], x_s.at[slot], full.at[slot])
+                source = x_g.at[row, pl.ds(m * bm, bm)]
+                plgpu.copy_gmem_to_smem(source, x_s.at[slot], full.at[slot], **shared_by_cluster(tiles.cluster))
                 plgpu.copy_gmem_to_smem(dy_g.at[row, pl.ds(n * bn, bn)], dy_s.at[slot], full.at[slot])
                 return step + 1
 
@@ -127,13 +139,12 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
             store_rows(value, out_g.at[ranges_g[4, g]], row, n * bn, 0, x_g.shape[1], (buffers0, buffers1), 0)
             return step + length
 
-        run_ring(count * m_tiles * n_tiles, ctas, slots, free, produce, consume)
+        run_ring(count * m_tiles * n_tiles, ctas // tiles.cluster, slots, free, produce, consume)
 
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((count, x_AK.shape[1], dy_AN.shape[1]), dtype),
-        grid=(ctas,),
-        grid_names=("cta",),
+        **ring_grid(ctas, tiles.cluster),
         num_threads=3,
         thread_name="wg",
         interpret=interpret,
@@ -142,7 +153,7 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
             plgpu.SMEM((slots, bk, bn), dtype, transforms=TILED),
             *out_buffers(dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+            free_barriers(slots, tiles.cluster),
             plgpu.Barrier(num_arrivals=2),
         ],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
