@@ -11,13 +11,15 @@ import rich.progress_bar
 import rich.table
 import rich.text
 
-Row = dict[str, Any]
+from sparse_lm.train.metrics import Row, plain
+
 NONE = "–"
 
 
 def mean(value: Any) -> float | None:
     """Returns a measured value as one number: itself, or the mean over the finite members of a population; None when there is none."""
-    if isinstance(value, (list, tuple)):
+    value = plain(value)
+    if isinstance(value, list):
         found = [item for item in value if item is not None]
         return sum(found) / len(found) if found else None
     return value
