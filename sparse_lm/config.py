@@ -6,6 +6,7 @@ documents each field with a string below it (shown by --help). `Config.check` ra
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -69,26 +70,39 @@ def children(config: Config, prefix: str = "") -> Iterator[tuple[str, Config]]:
                     yield from children(item, _join(prefix, f"{field.name}.{i}"))
 
 
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type of its hint; True and False are no numbers."""
+    try:
+        typeguard.check_type(value, hint, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
+    except typeguard.TypeCheckError:
+        return False
+    items = value if isinstance(value, tuple) else (value,)
+    return _mentions(hint, bool) or not any(isinstance(item, bool) for item in items)
+
+
+def _mentions(hint: Any, wanted: type) -> bool:
+    return hint is wanted or any(_mentions(inner, wanted) for inner in typing.get_args(hint))
+
+
 def validate(config: C) -> C:
     """Checks types and values of a whole tree and returns it.
 
     Raises:
       ConfigError: with the dotted path of the first wrong field, its value and what is allowed.
     """
-    for path, node in children(config):
+    nodes = list(children(config))
+    for path, node in nodes:
         hints = _hints(type(node))
         for field in dataclasses.fields(node):
-            value = getattr(node, field.name)
-            if isinstance(value, bool) and hints[field.name] in (int, float):
-                raise ConfigError(_join(path, field.name), value, f"a value of type {hints[field.name].__name__}")
-            try:
-                typeguard.check_type(
-                    value, hints[field.name], collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS
-                )
-            except typeguard.TypeCheckError:
-                name = getattr(hints[field.name], "__name__", None)
-                allowed = name if isinstance(hints[field.name], type) else str(hints[field.name])
-                raise ConfigError(_join(path, field.name), value, f"a value of type {allowed}") from None
+            value, hint = getattr(node, field.name), hints[field.name]
+            if not _has_type(value, hint):
+                allowed = hint.__name__ if type(hint) is type else str(hint).replace("typing.", "")
+                raise ConfigError(_join(path, field.name), value, f"a value of type {allowed}")
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, float) and not math.isfinite(item):
+                    raise ConfigError(_join(path, field.name), value, "finite numbers")
+    # Children before their parents, whose checks may compute with the children's values.
+    for path, node in reversed(nodes):
         try:
             node.check()
         except ConfigError as error:
@@ -149,8 +163,16 @@ def swap(config: C, assignment: str) -> C:
         )
     for field in dataclasses.fields(parents[parent_path]):
         if field.name == field_name and "component" in field.metadata:
-            return override(config, target, components.lookup(field.metadata["component"], name)())
-    raise ValueError(f"--with {assignment!r}: {target!r} is not a component field")
+            built = components.lookup(field.metadata["component"], name)()
+            held = getattr(parents[parent_path], field_name)
+            whole = isinstance(held, tuple) and not target.rpartition(".")[2].isdigit()
+            return override(config, target, tuple(built for _ in held) if whole else built)
+    known = [*components.TABLE] if not parent_path else []
+    known += [_join(parent_path, f.name) for f in dataclasses.fields(parents[parent_path]) if "component" in f.metadata]
+    raise ValueError(
+        f"--with {assignment!r}: {target!r} is not a component field; allowed here: {', '.join(known) or 'none'}."
+        f"{components.did_you_mean(target, known)}"
+    )
 
 
 def _replace_kind(config: Config, kind: str, built: Config) -> tuple[Any, int]:
@@ -194,6 +216,8 @@ def from_dict(cls: type[C], data: dict[str, Any], path: str = "") -> C:
     Raises:
       ConfigError: for an unknown key, with the nearest field name.
     """
+    if not isinstance(data, dict):
+        raise ConfigError(path or cls.__name__, data, f"a dictionary of the fields of {cls.__name__}")
     hints = _hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values = {}
@@ -202,7 +226,9 @@ def from_dict(cls: type[C], data: dict[str, Any], path: str = "") -> C:
             continue
         if name not in fields:
             raise ConfigError(
-                _join(path, name), value, f"a field of {cls.__name__}: {', '.join(fields)}.{components.did_you_mean(name, fields)}"
+                _join(path, name),
+                value,
+                f"a field of {cls.__name__}: {', '.join(fields)}.{components.did_you_mean(name, fields)}",
             )
         build = _builder(hints[name], fields[name].metadata.get("component"), _join(path, name))
         values[name] = build(value)
@@ -222,7 +248,13 @@ def _builder(hint: Any, kind: str | None, path: str) -> Callable[[Any], Any]:
     if isinstance(hint, type) and issubclass(hint, Config):
 
         def build(value: dict[str, Any]) -> Config:
-            return from_dict(components.lookup(kind, value["component"]) if kind else hint, value, path)
+            if kind is None:
+                return from_dict(hint, value, path)
+            if not isinstance(value, dict) or "component" not in value:
+                raise ConfigError(
+                    path, value, f"a dictionary with the key component, one of {', '.join(components.TABLE[kind])}"
+                )
+            return from_dict(components.lookup(kind, value["component"]), value, path)
 
         return build
     if hint is float:

@@ -52,18 +52,29 @@ class Recipe(Config):
 
     def check(self) -> None:
         """See Config.check."""
-        self.require(bool(self.name) and "/" not in self.name, "name", "a directory name")
+        self.require(self.name not in ("", ".", "..") and "/" not in self.name, "name", "a directory name")
         self.require(0 <= self.seed < 2**31, "seed", "0 to 2**31 - 1")
         batch, pieces = self.data.batch_size, self.train.microbatches
         sequences = self.group_sequences()
         if batch % (pieces * sequences):
-            allowed = f"a multiple of train.microbatches ({pieces}) x group_sequences of the routed layers ({sequences})"
+            allowed = (
+                f"a multiple of train.microbatches ({pieces}) x group_sequences of the routed layers ({sequences})"
+            )
             raise ConfigError("data.batch_size", batch, allowed)
-        self.optimizer.schedule.check_run(self.train.steps)
+        if self.validation.batch_size % sequences:
+            allowed = f"a multiple of group_sequences of the routed layers ({sequences})"
+            raise ConfigError("validation.batch_size", self.validation.batch_size, allowed)
+        if self.checkpoint.keep_best and not self.validation.every:
+            allowed = "0, because validation.every = 0 gives checkpoints no validation loss to be best in"
+            raise ConfigError("checkpoint.keep_best", self.checkpoint.keep_best, allowed)
+        try:
+            self.optimizer.schedule.check_run(self.train.steps)
+        except ConfigError as error:
+            raise error.within("optimizer.schedule") from None
 
     def group_sequences(self) -> int:
         """Sequences in one routing group; 1 without routed layers."""
-        return max((getattr(forward, "group_sequences", 1) for _, forward in self.model.runs()), default=1)
+        return self.model.group_sequences()
 
 
 def save_recipe(recipe: Recipe, run_dir: pathlib.Path) -> None:

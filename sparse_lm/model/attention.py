@@ -213,5 +213,3 @@ class AttentionLayer(nnx.Module):
         out_BLHN = attend(q_BLHN, k_BLJN, v_BLJN, spec, self.scale)
         out_BLHN = checkpoint_name(out_BLHN, "attention")
         return self.out(out_BLHN.reshape(batch, length, -1)), cache
-
-

@@ -46,7 +46,9 @@ class Definition:
 
     def parameters(self) -> int:
         """Returns the number of parameters: the leaf count of the real tree."""
-        return sum(int(np.prod(shape)) for shape in jax.tree.leaves(self.shapes, is_leaf=lambda s: isinstance(s, tuple)))
+        return sum(
+            int(np.prod(shape)) for shape in jax.tree.leaves(self.shapes, is_leaf=lambda s: isinstance(s, tuple))
+        )
 
     def initial_params(self, key: jax.Array) -> Tree:
         """Draws the parameters, float32."""
@@ -127,8 +129,7 @@ class Definition:
 
     def group_sequences(self) -> int:
         """Sequences in one routing group; the same in every routed layer."""
-        sizes = {getattr(forward, "group_sequences", 1) for _, forward in self.config.runs() if hasattr(forward, "router")}
-        return max(sizes, default=1)
+        return self.config.group_sequences()
 
 
 def token_info(batch: Batch, key: jax.Array | None = None) -> TokenInfo:

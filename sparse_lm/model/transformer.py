@@ -67,12 +67,22 @@ class Model(Config):
         for name in ("vocab_size", "d_model", "layers"):
             self.require(getattr(self, name) >= 1, name, "at least 1")
         self.require(len(self.pattern) >= 1, "pattern", "at least one feed-forward")
-        self.require(len(self.leading) <= self.layers, "leading", f"at most as many feed-forwards as layers ({self.layers})")
+        self.require(
+            len(self.leading) <= self.layers, "leading", f"at most as many feed-forwards as layers ({self.layers})"
+        )
         self.require(self.logit_softcap is None or self.logit_softcap > 0, "logit_softcap", "None or above 0")
         self.require(self.z_coefficient >= 0, "z_coefficient", "0 or above")
         self.require(0 < self.norm_epsilon < 1, "norm_epsilon", "between 0 and 1")
         if self.remat == "names" and not self.saved_names:
-            raise ConfigError("saved_names", self.saved_names, f"at least one of {', '.join(SAVED_NAMES)} (or remat = block)")
+            raise ConfigError(
+                "saved_names", self.saved_names, f"at least one of {', '.join(SAVED_NAMES)} (or remat = block)"
+            )
+        first = self.group_sequences()
+        for field in ("leading", "pattern"):
+            for i, forward in enumerate(getattr(self, field)):
+                size = getattr(forward, "group_sequences", first)
+                if size != first:
+                    raise ConfigError(f"{field}.{i}.group_sequences", size, f"{first}, as in the other routed layers")
 
     def feed_forward_of(self, layer: int) -> FeedForward:
         """Returns the feed-forward of one block."""
@@ -91,6 +101,11 @@ class Model(Config):
             runs.append((str(first) if size == 1 else f"{first}_to_{first + size - 1}", block))
             first += size
         return runs
+
+    def group_sequences(self) -> int:
+        """Sequences in one routing group, the same in every routed layer; 1 without routed layers."""
+        sizes = [getattr(forward, "group_sequences", None) for forward in (*self.leading, *self.pattern)]
+        return next((size for size in sizes if size is not None), 1)
 
     @property
     def dtype(self) -> Any:
@@ -166,9 +181,7 @@ def _with_remat(apply: Callable, config: Model) -> Callable:
 
 def _merge_reports(reports: dict[str, Aux]) -> Aux:
     """Sums objectives over blocks; metrics and statistics keep the name of their run."""
-    objective = {
-        unit: sum(jnp.sum(aux.objective[unit]) for aux in reports.values()) for unit in ("tokens", "groups")
-    }
+    objective = {unit: sum(jnp.sum(aux.objective[unit]) for aux in reports.values()) for unit in ("tokens", "groups")}
     metrics = {name: aux.metrics for name, aux in reports.items() if aux.metrics}
     statistics = {name: {"feed_forward": aux.statistics} for name, aux in reports.items() if aux.statistics}
     return Aux(objective, metrics, {"blocks": statistics} if statistics else {})

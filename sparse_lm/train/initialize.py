@@ -42,6 +42,11 @@ class StartFrom(Config):
     def check(self) -> None:
         """See Config.check."""
         self.require(self.step is None or self.step >= 0, "step", "None or 0 and above")
+        if self.run is None:
+            for field in dataclasses.fields(self):
+                self.require(
+                    getattr(self, field.name) == field.default, field.name, f"{field.default!r} unless run is given"
+                )
         for entry in self.rename:
             self.require(entry.count("=") == 1, "rename", "entries of the form old=new")
             try:
@@ -49,7 +54,9 @@ class StartFrom(Config):
             except re.error as error:
                 self.require(False, "rename", f"valid regular expressions ({error})")
         partial = self.include != ("*",) or self.exclude
-        self.require(not (self.keep == "everything" and partial), "keep", "parameters, when include or exclude select some")
+        self.require(
+            not (self.keep == "everything" and partial), "keep", "parameters, when include or exclude select some"
+        )
 
 
 def flatten(tree: Tree) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.model.definition import Definition, define
 from sparse_lm.parallel import rules
@@ -64,10 +65,13 @@ class Session:
     def compile_step(self) -> tuple[Any, float]:
         """Compiles the step ahead of time; returns (step(state, batch) -> (state, metrics), seconds)."""
         recipe = self.recipe
-        step = over_members(build_step(self.definition, recipe.optimizer, recipe.train), recipe.population, (0, None, 0))
+        step = over_members(
+            build_step(self.definition, recipe.optimizer, recipe.train), recipe.population, (0, None, 0)
+        )
         shape = (recipe.data.batch_size, recipe.data.sequence_length)
         batch = {
-            name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rules.batch_sharding(self.mesh)) for name in MODEL_ARRAYS
+            name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rules.batch_sharding(self.mesh))
+            for name in MODEL_ARRAYS
         }
         state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -85,6 +89,20 @@ class Session:
         return compiled, time.perf_counter() - start
 
 
+def check_division(recipe: Recipe, mesh: Mesh) -> None:
+    """Raises ConfigError if a batch does not divide over the mesh: routing groups and microbatches stay whole on their shard."""
+    pieces, sequences, shards = recipe.train.microbatches, recipe.group_sequences(), rules.batch_shards(mesh)
+    if recipe.data.batch_size % (pieces * sequences * shards):
+        allowed = (
+            f"a multiple of train.microbatches ({pieces}) x group_sequences of the routed layers ({sequences}) x "
+            f"the mesh's {' x '.join(rules.BATCH_AXES)} ({shards})"
+        )
+        raise ConfigError("data.batch_size", recipe.data.batch_size, allowed)
+    if recipe.data.sequence_length % mesh.shape["context"]:
+        allowed = f"a multiple of the mesh's context ({mesh.shape['context']})"
+        raise ConfigError("data.sequence_length", recipe.data.sequence_length, allowed)
+
+
 def open_session(recipe: Recipe, devices: list[jax.Device] | None = None) -> Session:
     """Builds the mesh, the abstract model and the shardings of a recipe.
 
@@ -92,10 +110,17 @@ def open_session(recipe: Recipe, devices: list[jax.Device] | None = None) -> Ses
       ConfigError: if the mesh does not fit the devices or the batch does not divide over it.
     """
     mesh = recipe.mesh.build(devices)
+    check_division(recipe, mesh)
     definition = define(recipe.model)
     optimizer, population = recipe.optimizer, recipe.population
-    scales = learning_rate_scales(recipe.model.parametrization, optimizer, definition.dims, definition.shapes)
-    transformation = optimizer.build(definition.dims, scales)
+    try:
+        scales = learning_rate_scales(recipe.model.parametrization, optimizer, definition.dims, definition.shapes)
+    except ConfigError as error:
+        raise error.within("model.parametrization") from None
+    try:
+        transformation = optimizer.build(definition.dims, scales)
+    except ConfigError as error:
+        raise error.within("optimizer") from None
     with_ema = recipe.train.ema_decay is not None
 
     def create(seed: jax.Array) -> TrainState:

@@ -1,0 +1,325 @@
+"""Impossible configurations: each is refused before anything is compiled, by field path, value and what is allowed."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import pytest
+import tiny
+
+from sparse_lm.components import lookup
+from sparse_lm.config import Config, ConfigError, override, validate
+from sparse_lm.layers.feed_forward import DenseFeedForward
+from sparse_lm.model.transformer import Model
+from sparse_lm.parallel.mesh import MeshShape
+from sparse_lm.recipe import Recipe
+from sparse_lm.routing.experts import MoEFeedForward
+from sparse_lm.train.adafactor import Adafactor
+from sparse_lm.train.muon import Muon
+from sparse_lm.train.optimizer import AdamW, Group
+from sparse_lm.train.parametrization import MuP, PathDensity, SparseMuP
+from sparse_lm.train.schedule import Cosine, Linear, WarmupStableDecay
+from sparse_lm.train.session import open_session
+
+NAN, INFINITY = float("nan"), float("inf")
+MOE = Recipe(model=Model(pattern=(MoEFeedForward(), DenseFeedForward(), MoEFeedForward())))
+
+# (changes by path, path in the message, value in the message, words of what is allowed)
+BAD: list[tuple[dict[str, Any], str, Any, str]] = [
+    # the recipe itself
+    ({"name": ""}, "name", "", "a directory name"),
+    ({"name": "a/b"}, "name", "a/b", "a directory name"),
+    ({"name": ".."}, "name", "..", "a directory name"),
+    ({"seed": -1}, "seed", -1, "0 to 2**31 - 1"),
+    ({"seed": 2**31}, "seed", 2**31, "0 to 2**31 - 1"),
+    # types
+    ({"seed": "0"}, "seed", "0", "a value of type int"),
+    ({"seed": True}, "seed", True, "a value of type int"),
+    ({"train.steps": 10.5}, "train.steps", 10.5, "a value of type int"),
+    ({"train.clip_norm": True}, "train.clip_norm", True, "a value of type float | None"),
+    ({"model.attention.window": True}, "model.attention.window", True, "a value of type int | None"),
+    ({"population.seeds": (0, True)}, "population.seeds", (0, True), "tuple[int, ...]"),
+    ({"population.seeds": [0, 1]}, "population.seeds", [0, 1], "tuple[int, ...]"),
+    ({"model.execution": "scaned"}, "model.execution", "scaned", "Literal['scanned', 'unrolled']"),
+    ({"model.compute_dtype": "float16"}, "model.compute_dtype", "float16", "Literal['float32', 'bfloat16']"),
+    ({"model.attention": None}, "model.attention", None, "a value of type Attention"),
+    ({"model.pattern": (AdamW(),)}, "model.pattern", (AdamW(),), "FeedForward"),
+    ({"model.pattern.0.router": Cosine()}, "model.pattern.0.router", Cosine(), "a value of type Router"),
+    ({"optimizer.learning_rate": INFINITY}, "optimizer.learning_rate", INFINITY, "finite"),
+    (
+        {"population.learning_rate_multipliers": (1.0, NAN)},
+        "population.learning_rate_multipliers",
+        (1.0, NAN),
+        "finite",
+    ),
+    # data
+    ({"data.sources": ()}, "data.sources", (), "at least one source"),
+    ({"data.sources.0.weight": 0.0}, "data.sources.0.weight", 0.0, "a positive finite number"),
+    ({"data.sequence_length": 1}, "data.sequence_length", 1, "at least 2"),
+    ({"data.batch_size": 0}, "data.batch_size", 0, "at least 1"),
+    ({"data.workers": -1}, "data.workers", -1, "0 to 256"),
+    ({"data.tokenizer.vocab_size": 256}, "data.tokenizer.vocab_size", 256, "257"),
+    # model
+    ({"model.vocab_size": 0}, "model.vocab_size", 0, "at least 1"),
+    ({"model.d_model": 0}, "model.d_model", 0, "at least 1"),
+    ({"model.layers": 0}, "model.layers", 0, "at least 1"),
+    ({"model.pattern": ()}, "model.pattern", (), "at least one feed-forward"),
+    ({"model.leading": (DenseFeedForward(),) * 5}, "model.leading", (DenseFeedForward(),) * 5, "layers (4)"),
+    ({"model.logit_softcap": 0.0}, "model.logit_softcap", 0.0, "None or above 0"),
+    ({"model.z_coefficient": -1e-4}, "model.z_coefficient", -1e-4, "0 or above"),
+    ({"model.norm_epsilon": 0.0}, "model.norm_epsilon", 0.0, "between 0 and 1"),
+    ({"model.remat": "names", "model.saved_names": ()}, "model.saved_names", (), "query, key"),
+    ({"model.saved_names": ("scores",)}, "model.saved_names", ("scores",), "Literal['query'"),
+    ({"model.attention.heads": 0}, "model.attention.heads", 0, "at least 1"),
+    ({"model.attention.kv_heads": 3}, "model.attention.kv_heads", 3, "a divisor of heads (4)"),
+    ({"model.attention.kv_heads": -2}, "model.attention.kv_heads", -2, "a divisor of heads (4)"),
+    ({"model.attention.head_dim": 7}, "model.attention.head_dim", 7, "an even number"),
+    ({"model.attention.rope_theta": 1.0}, "model.attention.rope_theta", 1.0, "above 1"),
+    ({"model.attention.window": 0}, "model.attention.window", 0, "None or at least 1"),
+    ({"model.attention.max_documents": 0}, "model.attention.max_documents", 0, "at least 1"),
+    # feed-forwards and routers
+    ({"model.pattern.1.hidden": 0}, "model.pattern.1.hidden", 0, "at least 1"),
+    ({"model.pattern.0.hidden": 0}, "model.pattern.0.hidden", 0, "at least 1"),
+    ({"model.pattern.0.experts": 0}, "model.pattern.0.experts", 0, "at least 1"),
+    ({"model.pattern.0.shared_hidden": -1}, "model.pattern.0.shared_hidden", -1, "0 (none) or above"),
+    ({"model.pattern.0.group_sequences": 0}, "model.pattern.0.group_sequences", 0, "at least 1"),
+    ({"model.pattern.2.group_sequences": 2}, "model.pattern.2.group_sequences", 2, "1, as in the other routed layers"),
+    ({"model.pattern.2.router.k": 9}, "model.pattern.2.router.k", 9, "the number of experts, 8"),
+    ({"model.pattern.0.router.k": 0}, "model.pattern.0.router.k", 0, "at least 1"),
+    ({"model.pattern.0.router.scale": 0.0}, "model.pattern.0.router.scale", 0.0, "above 0"),
+    ({"model.pattern.0.router.bias_rate": -0.1}, "model.pattern.0.router.bias_rate", -0.1, "0 or above"),
+    ({"model.pattern.0.router.z_coefficient": NAN}, "model.pattern.0.router.z_coefficient", NAN, "finite"),
+    (
+        {"model.pattern.0.router.balance_coefficient": -1.0},
+        "model.pattern.0.router.balance_coefficient",
+        -1.0,
+        "0 or above",
+    ),
+    (
+        {"model.pattern.0.router.scores": "relu"},
+        "model.pattern.0.router.scores",
+        "relu",
+        "Literal['softmax', 'sigmoid']",
+    ),
+    # parametrization
+    ({"model.parametrization.gain": -1.0}, "model.parametrization.gain", -1.0, ">= 0"),
+    ({"model.parametrization": MuP(base_width=0)}, "model.parametrization.base_width", 0, "a width >= 1"),
+    (
+        {"model.parametrization": SparseMuP(densities=(PathDensity(path="*gate*", density=0.0),))},
+        "model.parametrization.densities.0.density",
+        0.0,
+        "above 0, at most 1",
+    ),
+    (
+        {"model.parametrization": SparseMuP(densities=(PathDensity(path="*gaet*", density=0.5),))},
+        "model.parametrization.densities.0.path",
+        "*gaet*",
+        "a glob that matches a path",
+    ),
+    # optimizers and schedules
+    ({"optimizer.learning_rate": 0.0}, "optimizer.learning_rate", 0.0, "> 0"),
+    ({"optimizer.weight_decay": -0.1}, "optimizer.weight_decay", -0.1, ">= 0"),
+    ({"optimizer.beta2": 1.0}, "optimizer.beta2", 1.0, "from 0 to below 1"),
+    ({"optimizer.epsilon": 0.0}, "optimizer.epsilon", 0.0, "> 0"),
+    ({"optimizer.groups": (Group(path=""),)}, "optimizer.groups.0.path", "", "a glob"),
+    (
+        {"optimizer.groups": (Group(path="*norm*"), Group(path="*nrom*"))},
+        "optimizer.groups.1.path",
+        "*nrom*",
+        "matches",
+    ),
+    ({"optimizer": Muon(momentum=1.0)}, "optimizer.momentum", 1.0, "from 0 to below 1"),
+    ({"optimizer": Muon(iterations=0)}, "optimizer.iterations", 0, ">= 1"),
+    ({"optimizer": Adafactor(decay_exponent=0.0)}, "optimizer.decay_exponent", 0.0, "at most 1"),
+    ({"optimizer.schedule.warmup_fraction": 1.5}, "optimizer.schedule.warmup_fraction", 1.5, "from 0 to 1"),
+    ({"optimizer.schedule": Linear(final_fraction=2.0)}, "optimizer.schedule.final_fraction", 2.0, "from 0 to 1"),
+    ({"train.steps": 50, "optimizer.schedule.warmup_steps": 51}, "optimizer.schedule.warmup_steps", 51, "the 50 steps"),
+    (
+        {"train.steps": 50, "optimizer.schedule": WarmupStableDecay(warmup_steps=20, decay_steps=40)},
+        "optimizer.schedule.decay_steps",
+        40,
+        "starts after the warmup (20 steps) in a run of 50",
+    ),
+    (
+        {"train.steps": 50, "optimizer.schedule": WarmupStableDecay(decay_start=40, decay_steps=20)},
+        "optimizer.schedule.decay_start",
+        40,
+        "50, the steps of the run (now 60)",
+    ),
+    (
+        {"optimizer.schedule": WarmupStableDecay(decay_start=40)},
+        "optimizer.schedule.decay_start",
+        40,
+        "together with decay_steps",
+    ),
+    # the step, populations, mesh
+    ({"train.steps": 0}, "train.steps", 0, "at least 1"),
+    ({"train.microbatches": 0}, "train.microbatches", 0, "at least 1"),
+    ({"train.clip_norm": 0.0}, "train.clip_norm", 0.0, "None or above 0"),
+    ({"train.ema_decay": 1.0}, "train.ema_decay", 1.0, "between 0 and 1"),
+    ({"train.skip_limit": -1}, "train.skip_limit", -1, "0 or above"),
+    ({"train.microbatches": 3}, "data.batch_size", 16, "train.microbatches (3)"),
+    ({"population.seeds": (1, 1)}, "population.seeds", (1, 1), "different seeds"),
+    ({"population.seeds": (-1,)}, "population.seeds", (-1,), "from 0"),
+    (
+        {"population.learning_rate_multipliers": (0.0,)},
+        "population.learning_rate_multipliers",
+        (0.0,),
+        "factors above 0",
+    ),
+    ({"mesh.data": 0}, "mesh.data", 0, "at least 1, or -1"),
+    ({"mesh.fsdp": -1}, "mesh.fsdp", -1, "-1 on one axis only (data has it)"),
+    ({"mesh.data": 1, "mesh.tensor": 7}, "mesh", "tensor=7", "the 1 devices of this run"),
+    # starting points, validation, checkpoints, logs
+    ({"start_from.step": 5}, "start_from.step", 5, "None unless run is given"),
+    ({"start_from.keep": "everything"}, "start_from.keep", "everything", "unless run is given"),
+    ({"start_from.run": "r", "start_from.step": -1}, "start_from.step", -1, "0 and above"),
+    ({"start_from.run": "r", "start_from.rename": ("a",)}, "start_from.rename", ("a",), "old=new"),
+    ({"start_from.run": "r", "start_from.rename": ("(=b",)}, "start_from.rename", ("(=b",), "regular expressions"),
+    (
+        {"start_from.run": "r", "start_from.keep": "everything", "start_from.exclude": ("head",)},
+        "start_from.keep",
+        "everything",
+        "parameters, when include or exclude",
+    ),
+    ({"validation.every": -1}, "validation.every", -1, "0 (only at the end)"),
+    ({"validation.tokens_per_domain": 0}, "validation.tokens_per_domain", 0, "None or at least 1"),
+    ({"validation.batch_size": 0}, "validation.batch_size", 0, "at least 1"),
+    ({"checkpoint.every": -5}, "checkpoint.every", -5, "0 (only at the end)"),
+    ({"checkpoint.keep_last": 0}, "checkpoint.keep_last", 0, "at least 1"),
+    ({"checkpoint.keep_every": 0}, "checkpoint.keep_every", 0, "None or at least 1"),
+    ({"checkpoint.keep_best": -1}, "checkpoint.keep_best", -1, "0 or above"),
+    ({"checkpoint.keep_best": 2, "validation.every": 0}, "checkpoint.keep_best", 2, "validation.every = 0"),
+    ({"log.log_every": 0}, "log.log_every", 0, "at least 1"),
+    ({"log.profile_start": -1}, "log.profile_start", -1, "None or a step from 0"),
+    ({"log.profile_steps": 0}, "log.profile_steps", 0, "at least 1"),
+    ({"log.display": "loud"}, "log.display", "loud", "Literal['auto'"),
+]
+
+GROUPED = dataclasses.replace(
+    MOE, model=Model(pattern=(MoEFeedForward(group_sequences=4), DenseFeedForward(), MoEFeedForward(group_sequences=4)))
+)
+BAD_GROUPS = [
+    ({"data.batch_size": 6}, "data.batch_size", 6, "group_sequences of the routed layers (4)"),
+    (
+        {"train.microbatches": 8},
+        "data.batch_size",
+        16,
+        "train.microbatches (8) x group_sequences of the routed layers (4)",
+    ),
+    ({"validation.batch_size": 6}, "validation.batch_size", 6, "group_sequences of the routed layers (4)"),
+]
+
+
+@pytest.fixture
+def nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was compiled")
+
+    monkeypatch.setattr("jax._src.compiler.backend_compile_and_load", refuse)
+
+
+def refused(base: Recipe, changes: dict[str, Any]) -> ConfigError:
+    """Returns the error that a recipe with these changes gives when it is validated and placed on one device."""
+    import jax
+
+    recipe = base
+    for path, value in changes.items():
+        recipe = override(recipe, path, value)
+    with pytest.raises(ConfigError) as error:
+        open_session(validate(recipe), jax.devices()[:1])
+    return error.value
+
+
+CASES = [(MOE, *case) for case in BAD] + [(GROUPED, *case) for case in BAD_GROUPS]
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "path", "value", "allowed"), CASES, ids=[f"{i}-{case[2]}" for i, case in enumerate(CASES)]
+)
+@pytest.mark.usefixtures("nothing_compiles")
+def test_refused_by_path_value_and_what_is_allowed(
+    base: Recipe, changes: dict[str, Any], path: str, value: Any, allowed: str
+) -> None:
+    error = refused(base, changes)
+    assert str(error).startswith(f"{path} = {value!r} is not possible; allowed: "), error
+    assert allowed in error.allowed, error
+
+
+COMPONENTS: list[tuple[str, str, dict[str, Any], str, Any, str]] = [
+    ("source", "files", {}, "paths", (), "at least one file or folder"),
+    ("source", "files", {"paths": ("/no/such/folder",)}, "paths", "/no/such/folder", "an existing file or folder"),
+    ("source", "packaged", {"speeches": False, "api_docs": False}, "speeches", False, "at least one of"),
+    ("source", "packaged", {"documents_per_domain": 0}, "documents_per_domain", 0, "a positive number"),
+    ("source", "tfds", {"name": "c4 en"}, "name", "c4 en", "name[/config]"),
+    ("source", "tfds", {"validation_split": "train"}, "validation_split", "train", "other than train_split"),
+    ("source", "installed", {"code": False, "text": False}, "code", False, "code, text or both"),
+    ("source", "biographies", {"people": 0}, "people", 0, "1 to 10000000"),
+    ("source", "k_hop", {"nodes": 2}, "nodes", 2, "3 to 10000"),
+    ("source", "k_hop", {"hops": 0}, "hops", 0, ""),
+    ("source", "recall", {"pairs": 65}, "pairs", 65, "64"),
+    ("source", "markov", {"states": 48}, "states", 48, "a power of two"),
+    ("tokenizer", "huggingface", {}, "path", "", "an existing tokenizer.json file"),
+    ("optimizer", "muon", {"precision": "float16"}, "precision", "float16", "Literal"),
+    ("optimizer", "adafactor", {"clip_threshold": 0.0}, "clip_threshold", 0.0, "> 0"),
+    ("schedule", "wsd", {"decay_shape": "cosine"}, "decay_shape", "cosine", "Literal"),
+    ("schedule", "constant", {"warmup_steps": -1}, "warmup_steps", -1, ">= 0"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "fields", "path", "value", "allowed"), COMPONENTS)
+@pytest.mark.usefixtures("nothing_compiles")
+def test_components_refuse_by_themselves(kind, name, fields, path, value, allowed) -> None:
+    config: Config = lookup(kind, name)(**fields)
+    with pytest.raises(ConfigError) as error:
+        validate(config)
+    assert (error.value.field, error.value.value) == (path, value)
+    assert allowed in error.value.allowed
+
+
+@pytest.mark.parametrize(
+    ("shape", "devices", "sizes"),
+    [
+        (MeshShape(), 8, (8, 1, 1, 1, 1)),
+        (MeshShape(data=2, fsdp=-1), 8, (2, 4, 1, 1, 1)),
+        (MeshShape(data=2, expert=2, tensor=2), 8, (2, 1, 2, 2, 1)),
+        (MeshShape(tensor=4), 4, (1, 1, 1, 4, 1)),
+    ],
+)
+def test_the_inferred_axis_takes_the_devices_that_are_left(
+    shape: MeshShape, devices: int, sizes: tuple[int, ...]
+) -> None:
+    assert tuple(shape.sizes(devices).values()) == sizes
+
+
+@pytest.mark.parametrize(
+    ("shape", "written"),
+    [
+        (MeshShape(tensor=3), "data=-1 x tensor=3"),
+        (MeshShape(data=4), "data=4"),
+        (MeshShape(data=2, fsdp=8), "data=2 x fsdp=8"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_says_what_it_needs(shape: MeshShape, written: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        shape.sizes(8)
+    assert error.value.value == written and "the 8 devices" in error.value.allowed
+
+
+@pytest.mark.usefixtures("nothing_compiles")
+def test_a_vocabulary_below_the_tokenizers_is_refused_before_compiling(tmp_path: pathlib.Path) -> None:
+    from sparse_lm.train.loop import train
+
+    tiny.corpus(tmp_path / "text")
+    with pytest.raises(
+        ConfigError, match=r"^model\.vocab_size = 200 is not possible; allowed: at least the tokenizer's 257$"
+    ):
+        train(tiny.recipe(tmp_path, model__vocab_size=200), tmp_path / "run")
+
+
+@pytest.mark.usefixtures("nothing_compiles")
+def test_the_guard_against_compiling_works() -> None:
+    import jax
+
+    with pytest.raises(AssertionError, match="something was compiled"):
+        jax.jit(lambda x: x * 3 + 1)(2.0)
