@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -71,7 +72,9 @@ class Choice:
     passed_over: tuple[tuple[str, str], ...]
 
 
-_declared_kinds: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("declared_kinds", default={})
+_declared_kinds: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar(
+    "declared_kinds", default=MappingProxyType({})
+)
 _required: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("required_platforms", default=frozenset())
 _choices: dict[Choice, None] = {}  # insertion-ordered set
 
@@ -109,7 +112,7 @@ def require_kernels(*platforms: str):
         _required.reset(token)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _attached_kind(platform: str) -> str | None:
     try:
         return jax.devices(platform)[0].device_kind
@@ -122,7 +125,7 @@ def device_kind(platform: str) -> str | None:
     return _declared_kinds.get().get(platform) or _attached_kind(platform)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def attached_multiprocessors() -> int | None:
     """Streaming multiprocessors of the attached CUDA device; None without one."""
     try:
@@ -131,7 +134,7 @@ def attached_multiprocessors() -> int | None:
         return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def jax_version() -> tuple[int, int, int]:
     """The installed JAX version as three integers, for `supports` functions that need a minimum."""
     return tuple(int(re.match(r"\d+", part)[0]) for part in jax.__version__.split(".")[:3])

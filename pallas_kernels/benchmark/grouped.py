@@ -175,8 +175,8 @@ def measure(shape: str, skews, functions, dtype, report, iterations: int, rounds
         kernels = {}
         if has_device_timer():
             try:
-                kernels = {n: t.median for n, t in time_all(ready, iterations=iterations, rounds=rounds).items()}
-            except RuntimeError as error:
+                kernels = {n: t.median for n, t in time_all(ready, rounds=rounds).items()}
+            except (RuntimeError, TypeError) as error:
                 print("no kernel times:", error)
         for name, samples in queue_times(ready, (x, w, dy, sizes), rounds).items():
             label, product = name.split("|")

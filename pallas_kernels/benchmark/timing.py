@@ -68,41 +68,65 @@ def compile_all(
     return compiled, failed
 
 
-def _once(function: Callable[..., Any], arguments: Sequence[Any], iterations: int) -> float:
-    if not has_device_timer():
-        begin = time.perf_counter()
-        for _ in range(iterations):
-            result = function(*arguments)
-        jax.block_until_ready(result)
-        return (time.perf_counter() - begin) / iterations
+def _host_seconds(function: Callable[..., Any], arguments: Sequence[Any], iterations: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(iterations):
+        result = function(*arguments)
+    jax.block_until_ready(result)
+    return (time.perf_counter() - begin) / iterations
+
+
+def _device_seconds(function: Callable[..., Any], arguments: Sequence[Any], iterations: int) -> float:
     from jax.experimental.mosaic.gpu import profiler
 
     _, milliseconds = profiler.Cupti(finalize=False).measure(function, iterations=iterations)(*arguments)
     if milliseconds is None:
         raise RuntimeError("CUPTI recorded no kernel")
-    values = milliseconds if isinstance(milliseconds, list) else [milliseconds]
-    return statistics.median(values) * 1e-3
+    return statistics.median(milliseconds if isinstance(milliseconds, list) else [milliseconds]) * 1e-3
+
+
+def kernels_of(function: Callable[..., Any], arguments: Sequence[Any]) -> list[tuple[str, float]]:
+    """(name, seconds) of every kernel that one call launches on the GPU."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    _, timings = profiler.Cupti(finalize=False).measure(function, aggregate=False)(*arguments)
+    return [(name, milliseconds * 1e-3) for name, milliseconds in timings or []]
 
 
 def time_all(
-    compiled: Mapping[str, tuple[Callable[..., Any], Sequence[Any]]], *, iterations: int = 5, rounds: int = 3
+    compiled: Mapping[str, tuple[Callable[..., Any], Sequence[Any]]],
+    *,
+    rounds: int = 3,
+    warm_seconds: float = 0.1,
+    timed_seconds: float = 0.03,
 ) -> dict[str, Timing]:
-    """Times functions in turn.
+    """Times functions in turn, each in its own steady state.
+
+    A GPU lowers its clock within a tenth of a second of heavy matrix work (a dense bf16 product on an H100 runs at
+    about 830 TFLOP/s in a short burst and 690 under load), so every function first runs back to back for a while.
 
     Args:
         compiled: name -> (jitted or compiled function, arguments).
-        iterations: Calls per round; the median counts on a GPU, the mean elsewhere.
         rounds: Times every function gets its turn.
+        warm_seconds: How long a function runs before it is timed; 0 times bursts.
+        timed_seconds: How long it is timed; the median call counts on a GPU, the mean elsewhere.
 
     Returns:
         name -> Timing.
     """
+    device = has_device_timer()
     samples: dict[str, list[float]] = {name: [] for name in compiled}
+    single = {}
     for name, (function, arguments) in compiled.items():
         jax.block_until_ready(function(*arguments))
+        single[name] = max(_host_seconds(function, arguments, 3), 2e-5)
     for _ in range(rounds):
         for name, (function, arguments) in compiled.items():
-            samples[name].append(_once(function, arguments, iterations))
+            if warm_seconds:
+                _host_seconds(function, arguments, max(1, int(warm_seconds / single[name])))
+            iterations = min(200, max(3, int(timed_seconds / single[name])))
+            measure = _device_seconds if device else _host_seconds
+            samples[name].append(measure(function, arguments, iterations))
     return {
         name: Timing(statistics.median(values), min(values), max(values), rounds) for name, values in samples.items()
     }

@@ -21,7 +21,7 @@ from pallas_kernels.block_gradient_norms import mosaic_gpu, mosaic_tpu, referenc
 from pallas_kernels.block_sparse_matmul.topology import check_geometry
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _operation(block_in: int, block_out: int, backend: str | None, precision):
     sizes = {"block_in": block_in, "block_out": block_out}
     with_precision = {**sizes, "precision": precision}

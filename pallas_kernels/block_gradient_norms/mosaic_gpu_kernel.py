@@ -23,7 +23,6 @@ from pallas_kernels.block_sparse_matmul.mosaic_gpu_product import (
     PRODUCER_REGISTERS,
     SMEM_RESERVED,
     SWIZZLED,
-    largest_divisor,
 )
 
 
@@ -68,7 +67,7 @@ def row_square_sums(
     dtype, depth, stages = x_EMK.dtype, tile.depth, tile.stages
     rows, columns = features_in // block_in, dy_EMN.shape[2] // block_out
     pairs = -(-columns // 2)
-    band = largest_divisor(rows, tile.band)
+    band = max(d for d in range(1, min(rows, tile.band) + 1) if rows % d == 0)
     items, steps = experts * rows * pairs, m // depth
     assert m % depth == 0, (m, tile)
 

@@ -34,7 +34,7 @@ def _backends(name: str, precision) -> tuple[Backend, ...]:
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _operation(name: str, backend: str | None, precision):
     """One of the three products over [E, ...] arguments, with a rule for `vmap` that enlarges E or the rows."""
     backends = _backends(name, precision)

@@ -32,6 +32,8 @@ def supports(shapes: Shapes, dtypes: Dtypes, device_kind: str | None) -> str | N
     block_in, block_out = shapes["values"][-2:]
     if block_in not in KERNEL_BLOCKS or block_out not in KERNEL_BLOCKS:
         return f"takes blocks of {KERNEL_BLOCKS}, not {block_in} x {block_out}"
+    if block_in != block_out:
+        return f"takes square blocks, not {block_in} x {block_out}"
     return None
 
 
@@ -85,8 +87,7 @@ def sampled_product(
         _pad_rows(dy_EMN, tile.depth),
         topology.pairs,
         blocks=topology.blocks,
-        block_in=topology.block_in,
-        block_out=topology.block_out,
+        block=topology.block_in,
         tile=tile,
         multiprocessors=tuning.multiprocessors() if interpret is None else 4,
         interpret=interpret,

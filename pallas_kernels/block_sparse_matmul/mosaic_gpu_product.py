@@ -6,9 +6,8 @@ consumers that multiply out of the ring with wgmma, each on half of the rows. Th
 producer already fetches the next tile while the consumers store the last one; at low density a tile is only a few
 steps long and this overlap decides the speed.
 
-Balance. Block columns are visited by descending load, then ascending, alternating from slab to slab, and rounds are
-dealt to the multiprocessors forth and back: neighbours in a round cost nearly the same and their differences cancel,
-whatever the pattern, without atomics, so the result is deterministic.
+Balance. Block columns are visited in the order of their load, forth and back (work_order.py), so that neighbours in a
+round cost nearly the same and their differences cancel, whatever the pattern, without atomics: deterministic.
 
 Legend: E experts (or population), M rows, K/N in and out features, J stored blocks, C block columns of the output,
 k/n features inside a block.
@@ -24,6 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.block_sparse_matmul.work_order import plan_order
 
 INT = jnp.int32
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # 16-bit operands, 128-byte rows
@@ -43,7 +44,8 @@ class ProductTile:
         stages: Ring slots.
         width: Row tiles in a slab; a slab of x should fit in the L2 cache while W streams by.
         cluster: Multiprocessors that share each block of W by multicast (1 or 2).
-        lead: Steps by which the first consumer starts ahead of the second, so that their epilogues alternate.
+        swapped: Multiply as y^T = W^T x^T: each consumer takes half of the columns and all rows of a tile, which
+            reads shared memory less often (wgmma of 64 x 256 instead of 2 of 64 x 128) but stores through a transpose.
         stores: Store buffers per consumer.
     """
 
@@ -52,7 +54,7 @@ class ProductTile:
     stages: int = 4
     width: int = 4
     cluster: int = 1
-    lead: int = 0
+    swapped: bool = False
     stores: int = 2
 
     def smem_bytes(self, block_out: int, itemsize: int = 2) -> int:
@@ -61,19 +63,14 @@ class ProductTile:
         return ring + 2 * self.stores * EPILOGUE * EPILOGUE * itemsize + SMEM_RESERVED
 
 
-def largest_divisor(n: int, at_most: int) -> int:
-    """The largest divisor of `n` that does not exceed `at_most`."""
-    return next(d for d in range(min(n, at_most), 0, -1) if n % d == 0)
-
-
-def deal(n_items: int, workers: int, worker: jax.Array):
-    """Deals items forth and back (0..w-1, w-1..0, ...): returns the count of a worker and round -> item."""
+def deal(n_items: int, workers: int, worker: jax.Array, mirror: bool):
+    """Deals items round by round, every other round backwards if `mirror`: a worker's count, and round -> item."""
     rounds, rest = divmod(n_items, workers)
-    place = worker if rounds % 2 == 0 else workers - 1 - worker
+    place = workers - 1 - worker if mirror and rounds % 2 else worker
     count = rounds + (place < rest).astype(INT)
 
     def item(t):
-        lane = jnp.where(lax.rem(t, INT(2)) == 0, worker, workers - 1 - worker)
+        lane = jnp.where(lax.rem(t, INT(2)) == 0, worker, workers - 1 - worker) if mirror else worker
         return jnp.minimum(t * workers + lane, n_items - 1)
 
     return count, item
@@ -114,26 +111,28 @@ def block_product(
         block_in, block_out = block_out, block_in
     columns = schedule_E3C.shape[2]
     dtype, rows, depth, stages, cluster = x_EMK.dtype, tile.rows, tile.depth, tile.stages, tile.cluster
-    half = rows // 2
+    half, half_out = rows // 2, block_out // 2
     row_tiles = m // (rows * cluster)
     assert m % (rows * cluster) == 0 and block_in % depth == 0, (m, tile, block_in)
-    width = largest_divisor(row_tiles, tile.width)
-    slabs = row_tiles // width
     workers = multiprocessors // cluster
+    order = plan_order(row_tiles, columns, workers, tile.width)
+    width = order.width
+    slabs = row_tiles // width
     per_block = block_in // depth
     items = experts * row_tiles * columns
 
-    def body(x_g, w_g, s_g, i_g, j_g, y_g, x_s, w_s, y_s, full, free, go):
+    def body(x_g, w_g, s_g, i_g, j_g, y_g, x_s, w_s, y_s, full, free):
         group, worker = lax.axis_index("group"), lax.axis_index("worker")
         peer = lax.axis_index("peer") if cluster > 1 else INT(0)
-        count, item = deal(items, workers, worker)
+        count, item = deal(items, workers, worker, order.mirror)
 
         def locate(t):
             """Round -> expert, row tile, and the schedule's (column, first, last), three independent loads."""
             e, r = lax.div(item(t), INT(row_tiles * columns)), lax.rem(item(t), INT(row_tiles * columns))
             slab, r = lax.div(r, INT(width * columns)), lax.rem(r, INT(width * columns))
             position, row = lax.div(r, INT(width)), slab * width + lax.rem(r, INT(width))
-            position = jnp.where(lax.rem(slab, INT(2)) == (slabs - 1) % 2, position, columns - 1 - position)
+            if order.reverse:
+                position = jnp.where(lax.rem(slab, INT(2)) == (slabs - 1) % 2, position, columns - 1 - position)
             return e, row * cluster + peer, s_g[e, 0, position], s_g[e, 1, position], s_g[e, 2, position]
 
         def ring_slot(step):
@@ -154,7 +153,7 @@ def block_product(
                         s = ring_slot(step)
 
                         @pl.when(step >= stages)
-                        def _():
+                        def _(s=s):
                             plgpu.barrier_wait(free.at[s])
 
                         x_src = x_g.at[e, pl.ds(row * rows, rows), pl.ds(inner * block_in + d * depth, depth)]
@@ -179,11 +178,6 @@ def block_product(
         @pl.when(group < 2)
         def _consume():
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-            if tile.lead:
-
-                @pl.when(group == 1)
-                def _():
-                    plgpu.barrier_wait(go)
 
             def tile_(t, carry):
                 step, (e, row, column, first, last) = carry
@@ -195,42 +189,42 @@ def block_product(
                         s = ring_slot(step + i)
                         plgpu.barrier_wait(full.at[s])
                         w = w_s.at[s].transpose((1, 0)) if transposed else w_s.at[s]
-                        plgpu.wgmma(acc, x_s.at[s, pl.ds(group * half, half)], w)
+                        if tile.swapped:
+                            features = pl.ds(group * half_out, half_out)
+                            w = w_s.at[s, features] if transposed else w_s.at[s, :, features].transpose((1, 0))
+                            plgpu.wgmma(acc, w, x_s.at[s].transpose((1, 0)))
+                        else:
+                            plgpu.wgmma(acc, x_s.at[s, pl.ds(group * half, half)], w)
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(free.at[s])
-                        if tile.lead:
-
-                            @pl.when((group == 0) & (step + i == tile.lead - 1))
-                            def _():
-                                plgpu.barrier_arrive(go)
 
                     lax.fori_loop(0, n, one, None)
                     return acc[...].astype(dtype)
 
-                y = pl.run_scoped(multiply, plgpu.ACC((half, block_out), jnp.float32))
-                pieces = [(r, c) for r in range(0, half, EPILOGUE) for c in range(0, block_out, EPILOGUE)]
+                shape = (half_out, rows) if tile.swapped else (half, block_out)
+                y = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+                first_row, first_feature = (0, group * half_out) if tile.swapped else (group * half, 0)
+                shape = shape[::-1] if tile.swapped else shape
+                pieces = [(r, c) for r in range(0, shape[0], EPILOGUE) for c in range(0, shape[1], EPILOGUE)]
                 for number, (r, c) in enumerate(pieces):
                     plgpu.wait_smem_to_gmem(tile.stores - 1, wait_read_only=True)
                     buffer = y_s.at[group, number % tile.stores]
-                    buffer[...] = y[r : r + EPILOGUE, c : c + EPILOGUE]
+                    if tile.swapped:
+                        buffer.transpose((1, 0))[...] = y[c : c + EPILOGUE, r : r + EPILOGUE]
+                    else:
+                        buffer[...] = y[r : r + EPILOGUE, c : c + EPILOGUE]
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(
                         buffer,
                         y_g.at[
                             e,
-                            pl.ds(row * rows + group * half + r, EPILOGUE),
-                            pl.ds(column * block_out + c, EPILOGUE),
+                            pl.ds(row * rows + first_row + r, EPILOGUE),
+                            pl.ds(column * block_out + first_feature + c, EPILOGUE),
                         ],
                     )
                 return step + n, upcoming
 
-            step, _ = lax.fori_loop(0, count, tile_, (INT(0), locate(INT(0))))
-            if tile.lead:
-
-                @pl.when((group == 0) & (step < tile.lead))
-                def _():
-                    plgpu.barrier_arrive(go)
-
+            lax.fori_loop(0, count, tile_, (INT(0), locate(INT(0))))
             plgpu.wait_smem_to_gmem(0)
 
     body.__name__ = "block_product_transposed" if transposed else "block_product"  # shown by profilers
@@ -253,7 +247,6 @@ def block_product(
             plgpu.SMEM((2, tile.stores, EPILOGUE, EPILOGUE), dtype, transforms=SWIZZLED),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             release(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=1),
         ],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,

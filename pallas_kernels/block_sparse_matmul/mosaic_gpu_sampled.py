@@ -1,14 +1,16 @@
-"""The blocks of x^T dy that exist (weight gradient of a block-sparse matmul) on Hopper, and all their norms.
+"""The blocks of x^T dy that exist (the weight gradient of a block-sparse matmul) on Hopper.
 
-One work item is a pair of blocks, one for each consumer warpgroup; a pair is usually taken from one block row, so
-both share a slab of x and a step loads 3 tiles for 2 products. The contraction runs over all tokens, so items are
-long and few, and two things decide the speed: which items run at the same time (the topology orders pairs by bands
-of block rows, so that they share x and dy in the L2 cache) and how the last, incomplete round is dealt. That round
-is cut along the tokens into equal shares, one for each multiprocessor; the shares go to a float32 buffer and are
-added in a fixed order afterwards, so the result stays deterministic.
+One work item is a pair of blocks, one for each consumer warpgroup. The topology pairs blocks of one column (or of one
+row), so that a ring slot holds three tiles for two products; the few pairs that share nothing take two slots a step.
+The contraction runs over all tokens, so items are long and few, and two things decide the speed:
 
-Legend: E experts, M tokens, K/N features, P pairs per expert, J stored blocks, k/n features inside a block,
-W shares (two per multiprocessor).
+* All programs walk the tokens in step, so what they load meets in the L2 cache; items that run together touch a
+  compact part of x and dy (the topology orders them by bands).
+* When the last round would leave at least half of the multiprocessors idle, its items are cut: programs take turns
+  at the token steps of an item (they stay in step), and their float32 parts are added in a fixed order by a second
+  kernel. The result stays deterministic.
+
+Legend: E experts, M tokens, K/N features, P pairs per expert, J stored blocks, b block size, Q cut items.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -27,9 +28,12 @@ from pallas_kernels.block_sparse_matmul.mosaic_gpu_product import (
     EPILOGUE,
     INT,
     PRODUCER_REGISTERS,
+    SMEM_BYTES,
     SMEM_RESERVED,
     SWIZZLED,
 )
+
+TILES = 3  # per ring slot: the shared tile and one for each consumer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,60 +42,34 @@ class SampledTile:
 
     Attributes:
         depth: Tokens per ring slot.
-        stages: Ring slots.
-        split: Cut the last round along the tokens when it would fill at most this fraction of the machine.
+        split: Cut the items of the last round where that fills the machine better.
     """
 
     depth: int = 64
-    stages: int = 3
-    split: float = 0.85
-    shared_only: bool = False
+    split: bool = True
 
-    def smem_bytes(self, block_in: int, block_out: int, itemsize: int = 2) -> int:
-        """Shared memory of one program."""
-        ring = self.stages * 2 * (block_in + block_out) * self.depth * itemsize
-        return ring + 2 * EPILOGUE * block_out * itemsize + SMEM_RESERVED
+    def stages(self, block: int, itemsize: int = 2) -> int:
+        """Ring slots that fit shared memory."""
+        store = 2 * EPILOGUE * block * itemsize
+        return min(8, (SMEM_BYTES - SMEM_RESERVED - store) // (TILES * block * self.depth * itemsize))
 
 
 @dataclasses.dataclass(frozen=True)
-class Shares:
-    """The plan of the last round: `items` whole items first, then `rest` items of `steps` steps cut into shares."""
+class Rounds:
+    """`whole` items run on one program each; the `rest` are shared by `parts` programs each."""
 
-    items: int
+    whole: int
     rest: int
-    steps: int
-    workers: int
-
-    def bounds(self, worker):
-        """First and one-past-last step of a worker, counted over the steps of all `rest` items."""
-        total = self.rest * self.steps
-        low, extra = divmod(total, self.workers)
-        return worker * low + jnp.minimum(worker, extra), (worker + 1) * low + jnp.minimum(worker + 1, extra)
-
-    def table(self) -> np.ndarray:
-        """int32 [rest, longest]: rows of the share buffer that add up to each item, -1 for none."""
-        total = self.rest * self.steps
-        low, extra = divmod(total, self.workers)
-        found: list[list[int]] = [[] for _ in range(self.rest)]
-        for worker in range(self.workers):
-            begin = worker * low + min(worker, extra)
-            end = begin + low + (worker < extra)
-            if begin == end:
-                continue
-            first = begin // self.steps
-            found[first].append(2 * worker)
-            if end > (first + 1) * self.steps:
-                found[first + 1].append(2 * worker + 1)
-        longest = max(map(len, found))
-        return np.array([rows + [-1] * (longest - len(rows)) for rows in found], np.int32)
+    parts: int
 
 
-def plan_shares(items: int, steps: int, workers: int, split: float) -> Shares:
-    """Decides which items run whole and which are cut into shares."""
+def plan_rounds(items: int, steps: int, workers: int, split: bool) -> Rounds:
+    """Decides which items are cut."""
     rest = items % workers
-    # A share must not span more than two items, which holds because rest < workers.
-    cut = 0 < rest <= split * workers and steps > 1
-    return Shares(items - rest if cut else items, rest if cut else 0, steps, workers)
+    parts = min(workers // rest, steps, 8) if rest else 1
+    if not split or parts < 2:
+        return Rounds(items, 0, 1)
+    return Rounds(items - rest, rest, parts)
 
 
 def sampled_product(
@@ -100,11 +78,9 @@ def sampled_product(
     pairs_E6P: jax.Array,
     *,
     blocks: int,
-    block_in: int,
-    block_out: int,
+    block: int,
     tile: SampledTile,
     multiprocessors: int,
-    out_dtype=None,
     interpret=None,
 ) -> jax.Array:
     """Computes block j = x[:, rows of j]^T dy[:, columns of j] for every stored block.
@@ -114,36 +90,26 @@ def sampled_product(
         dy_EMN: [experts, tokens, features out], same dtype.
         pairs_E6P: int32 [experts, 6, ceil(blocks / 2)]: block row, block column and slot of two blocks.
         blocks: Stored blocks per expert.
-        block_in: Rows of a block, 64 or 128.
-        block_out: Columns of a block, 64 or 128.
+        block: Rows and columns of a block, 64 or 128.
         tile: Tiling.
         multiprocessors: Programs to run.
-        out_dtype: Dtype of the result, by default that of `x_EMK`; 16-bit.
         interpret: ``plgpu.InterpretGPUParams`` to run on a CPU.
 
     Returns:
-        [experts, blocks, block_in, block_out].
+        [experts, blocks, block, block], dtype of `x_EMK`.
     """
     experts, m, _ = x_EMK.shape
-    dtype, depth, stages = x_EMK.dtype, tile.depth, tile.stages
-    out_dtype = jnp.dtype(out_dtype or dtype)
-    pairs = pairs_E6P.shape[2]
-    assert m % depth == 0 and out_dtype.itemsize == 2, (m, tile, out_dtype)
-    plan = plan_shares(experts * pairs, m // depth, multiprocessors, tile.split)
-    steps = plan.steps
+    dtype, depth, stages = x_EMK.dtype, tile.depth, tile.stages(block)
+    pairs, steps = pairs_E6P.shape[2], m // depth
+    assert m % depth == 0, (m, tile)
+    plan = plan_rounds(experts * pairs, steps, multiprocessors, tile.split)
 
-    def body(x_g, d_g, p_g, o_g, share_g, x_s, d_s, o_s, full, free):
+    def body(x_g, d_g, p_g, o_g, part_g, t_s, o_s, full, free):
         group, worker = lax.axis_index("group"), lax.axis_index("worker")
-        rounds = lax.div(INT(plan.items) - worker + (multiprocessors - 1), INT(multiprocessors))
-        begin, end = plan.bounds(worker)
-        share_item = lax.div(begin, INT(steps))
-
-        def share(which):
-            """Item and step range of a worker's first or second share; the range may be empty."""
-            low = jnp.maximum(begin, (share_item + which) * steps)
-            high = jnp.maximum(low, jnp.minimum(end, (share_item + which + 1) * steps))
-            item = jnp.minimum(plan.items + share_item + which, experts * pairs - 1)
-            return item, low - (share_item + which) * steps, high - low
+        rounds = lax.div(INT(plan.whole) - worker + (multiprocessors - 1), INT(multiprocessors))
+        part = lax.div(worker, INT(max(1, plan.rest)))  # part p of cut item q runs on program p * rest + q
+        part_steps = jnp.where(part < plan.parts, lax.div(steps - part + plan.parts - 1, INT(plan.parts)), 0)
+        cut_item = plan.whole + lax.rem(worker, INT(max(1, plan.rest)))
 
         def locate(item):
             e, p = lax.div(item, INT(pairs)), lax.rem(item, INT(pairs))
@@ -156,47 +122,65 @@ def sampled_product(
         def _produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-            def fetch(item, first, count, step):
+            def fetch(item, first, stride, count, step):
+                """Fills ring slots with steps first, first + stride, ... of an item; returns the next ring step."""
                 e, (row0, column0, _, row1, column1, _) = locate(item)
 
-                def one(i, step):
+                def x_tile(i, row):
+                    return x_g.at[e, pl.ds((first + i * stride) * depth, depth), pl.ds(row * block, block)]
+
+                def d_tile(i, column):
+                    return d_g.at[e, pl.ds((first + i * stride) * depth, depth), pl.ds(column * block, block)]
+
+                def fill(step, *tiles):
                     s = ring_slot(step)
 
                     @pl.when(step >= stages)
                     def _():
                         plgpu.barrier_wait(free.at[s])
 
-                    tokens = pl.ds((first + i) * depth, depth)
-                    x0 = x_g.at[e, tokens, pl.ds(row0 * block_in, block_in)]
-                    x1 = x_g.at[e, tokens, pl.ds(row1 * block_in, block_in)]
-                    plgpu.copy_gmem_to_smem(x0, x_s.at[s, 0], full.at[s])
-                    plgpu.copy_gmem_to_smem(
-                        d_g.at[e, tokens, pl.ds(column0 * block_out, block_out)], d_s.at[s, 0], full.at[s]
+                    for place in range(TILES):
+                        if place < len(tiles):
+                            plgpu.copy_gmem_to_smem(tiles[place], t_s.at[s, place], full.at[s])
+                        else:
+                            plgpu.barrier_arrive(full.at[s])  # keeps the count of arrivals
+
+                same_column, same_row = column0 == column1, row0 == row1
+
+                @pl.when(same_column)
+                def _():
+                    lax.fori_loop(
+                        0,
+                        count,
+                        lambda i, _: fill(step + i, d_tile(i, column0), x_tile(i, row0), x_tile(i, row1)),
+                        None,
                     )
-                    plgpu.copy_gmem_to_smem(
-                        d_g.at[e, tokens, pl.ds(column1 * block_out, block_out)], d_s.at[s, 1], full.at[s]
+
+                @pl.when(jnp.logical_not(same_column) & same_row)
+                def _():
+                    lax.fori_loop(
+                        0,
+                        count,
+                        lambda i, _: fill(step + i, x_tile(i, row0), d_tile(i, column0), d_tile(i, column1)),
+                        None,
                     )
 
-                    if tile.shared_only:
-                        return step + 1
+                @pl.when(jnp.logical_not(same_column | same_row))
+                def _():
+                    def two_slots(i, _):
+                        fill(step + 2 * i, x_tile(i, row0), d_tile(i, column0))
+                        fill(step + 2 * i + 1, x_tile(i, row1), d_tile(i, column1))
 
-                    @pl.when(row0 != row1)
-                    def _():
-                        plgpu.copy_gmem_to_smem(x1, x_s.at[s, 1], full.at[s])
+                    lax.fori_loop(0, count, two_slots, None)
 
-                    @pl.when(row0 == row1)  # both consumers read the first slab of x: only keep the count of arrivals
-                    def _():
-                        plgpu.barrier_arrive(full.at[s])
+                return step + count * jnp.where(same_column | same_row, 1, 2)
 
-                    return step + 1
+            def whole(t, step):
+                return fetch(t * multiprocessors + worker, INT(0), 1, INT(steps), step)
 
-                return lax.fori_loop(0, count, one, step)
-
-            step = lax.fori_loop(
-                0, rounds, lambda t, step: fetch(t * multiprocessors + worker, INT(0), INT(steps), step), INT(0)
-            )
+            step = lax.fori_loop(0, rounds, whole, INT(0))
             if plan.rest:
-                step = lax.fori_loop(0, 2, lambda which, step: fetch(*share(which), step), step)
+                step = fetch(cut_item, part, plan.parts, part_steps, step)
             lax.fori_loop(
                 jnp.maximum(step - stages, 0), step, lambda i, _: plgpu.barrier_wait(free.at[ring_slot(i)]), None
             )
@@ -206,83 +190,119 @@ def sampled_product(
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
 
             def multiply(item, count, step):
-                e, (row0, _, slot0, row1, _, slot1) = locate(item)
-                mine = INT(0) if tile.shared_only else jnp.where((group == 1) & (row0 != row1), 1, 0)
+                """Contracts `count` steps of an item: expert, slot of this group's block, the product, next ring step."""
+                e, (row0, column0, slot0, row1, column1, slot1) = locate(item)
+                same_column, same_row = column0 == column1, row0 == row1
+                shared = same_column | same_row
+                x_place = jnp.where(same_column, 1 + group, 0)
+                d_place = jnp.where(same_column, 0, 1 + group)
 
                 def scope(acc):
-                    def one(i, _):
+                    def one_slot(i, _):
                         s = ring_slot(step + i)
                         plgpu.barrier_wait(full.at[s])
-                        plgpu.wgmma(acc, x_s.at[s, mine].transpose((1, 0)), d_s.at[s, group])
+                        plgpu.wgmma(acc, t_s.at[s, x_place].transpose((1, 0)), t_s.at[s, d_place])
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(free.at[s])
 
-                    lax.fori_loop(0, count, one, None)
+                    def two_slots(i, _):
+                        first, second = ring_slot(step + 2 * i), ring_slot(step + 2 * i + 1)
+                        plgpu.barrier_wait(full.at[first])
+                        plgpu.barrier_wait(full.at[second])
+                        s = jnp.where(group == 0, first, second)
+                        plgpu.wgmma(acc, t_s.at[s, 0].transpose((1, 0)), t_s.at[s, 1])
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(free.at[first])
+                        plgpu.barrier_arrive(free.at[second])
+
+                    lax.fori_loop(0, jnp.where(shared, count, 0), one_slot, None)
+                    lax.fori_loop(0, jnp.where(shared, 0, count), two_slots, None)
                     return acc[...]
 
-                product = pl.run_scoped(scope, plgpu.ACC((block_in, block_out), jnp.float32))
-                return e, jnp.where(group == 0, slot0, slot1), product
+                product = pl.run_scoped(scope, plgpu.ACC((block, block), jnp.float32))
+                slot = jnp.where(group == 0, slot0, slot1)
+                return e, slot, product, step + count * jnp.where(shared, 1, 2)
 
             def whole(t, step):
-                e, slot, product = multiply(t * multiprocessors + worker, INT(steps), step)
-                product = product.astype(out_dtype)
-                for r in range(0, block_in, EPILOGUE):
+                e, slot, product, step = multiply(t * multiprocessors + worker, INT(steps), step)
+                product = product.astype(dtype)
+                for r in range(0, block, EPILOGUE):
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     o_s[group] = product[r : r + EPILOGUE]
                     plgpu.commit_smem()
 
                     @pl.when(slot < blocks)
-                    def _():
+                    def _(r=r):
                         plgpu.copy_smem_to_gmem(o_s.at[group], o_g.at[e, slot, pl.ds(r, EPILOGUE)])
 
-                return step + steps
+                return step
 
             step = lax.fori_loop(0, rounds, whole, INT(0))
             if plan.rest:
 
-                def part(which, step):
-                    item, _, count = share(which)
-                    _, _, product = multiply(item, count, step)
+                @pl.when(part < plan.parts)
+                def _():
+                    _, _, product, _ = multiply(cut_item, part_steps, step)
+                    part_g[cut_item - plan.whole, part, group] = product
 
-                    @pl.when(count > 0)
-                    def _():
-                        share_g[2 * worker + which, group] = product
-
-                    return step + count
-
-                lax.fori_loop(0, 2, part, step)
             plgpu.wait_smem_to_gmem(0)
 
     body.__name__ = "block_sampled_product"
-    share_rows = 2 * multiprocessors if plan.rest else 1
+    part_shape = (plan.rest, plan.parts, 2, block, block) if plan.rest else (1,)
     kernel = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((experts, blocks, block_in, block_out), out_dtype),
-            jax.ShapeDtypeStruct((share_rows, 2, block_in, block_out), jnp.float32),
+            jax.ShapeDtypeStruct((experts, blocks, block, block), dtype),
+            jax.ShapeDtypeStruct(part_shape, jnp.float32),
         ),
         grid=(multiprocessors,),
         grid_names=("worker",),
         num_threads=3,
         thread_name="group",
         scratch_types=[
-            plgpu.SMEM((stages, 1 if tile.shared_only else 2, depth, block_in), dtype, transforms=SWIZZLED),
-            plgpu.SMEM((stages, 2, depth, block_out), dtype, transforms=SWIZZLED),
-            plgpu.SMEM((2, EPILOGUE, block_out), out_dtype, transforms=SWIZZLED),
-            plgpu.Barrier(num_arrivals=3 if tile.shared_only else 4, num_barriers=stages),
+            plgpu.SMEM((stages, TILES, depth, block), dtype, transforms=SWIZZLED),
+            plgpu.SMEM((2, EPILOGUE, block), dtype, transforms=SWIZZLED),
+            plgpu.Barrier(num_arrivals=TILES, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
-    out_EJkn, shares = kernel(x_EMK, dy_EMN, pairs_E6P)
-    if not plan.rest:
-        return out_EJkn
-    table = plan.table()
-    gathered = jnp.where((table >= 0)[:, :, None, None, None], shares[np.maximum(table, 0)], 0.0)
-    sums = gathered.sum(axis=1).reshape(2 * plan.rest, block_in, block_out).astype(out_dtype)
-    items = np.arange(plan.items, plan.items + plan.rest)
-    slots = pairs_E6P[items // pairs][np.arange(plan.rest), :, items % pairs][:, np.array([2, 5])]
-    flat = jnp.where(slots < blocks, slots + (items // pairs * blocks)[:, None], experts * blocks).reshape(-1)
-    out = out_EJkn.reshape(experts * blocks, block_in, block_out)
-    return out.at[flat].set(sums, mode="drop", unique_indices=True).reshape(out_EJkn.shape)
+    out_EJbb, parts = kernel(x_EMK, dy_EMN, pairs_E6P)
+    return add_parts(out_EJbb, parts, pairs_E6P, plan, interpret) if plan.rest else out_EJbb
+
+
+def add_parts(
+    out_EJbb: jax.Array, parts_QPgbb: jax.Array, pairs_E6P: jax.Array, plan: Rounds, interpret=None
+) -> jax.Array:
+    """Adds the parts of the cut items in order and writes them into their slots of `out_EJbb`, in place."""
+    _, blocks, block, _ = out_EJbb.shape
+    pairs, pieces = pairs_E6P.shape[2], block // EPILOGUE
+    out_ref = jax.new_ref(out_EJbb)
+
+    def body(part_g, p_g, out_g, _):
+        program = lax.axis_index("program")
+        item, group = lax.div(program, INT(2 * pieces)), lax.rem(lax.div(program, INT(pieces)), INT(2))
+        rows = pl.ds(lax.rem(program, INT(pieces)) * EPILOGUE, EPILOGUE)
+        e, p = lax.div(plan.whole + item, INT(pairs)), lax.rem(plan.whole + item, INT(pairs))
+        slot = jnp.where(group == 0, p_g[e, 2, p], p_g[e, 5, p])
+
+        @pl.when(slot < blocks)
+        def _():
+            total = part_g[item, 0, group, rows]
+            for part in range(1, plan.parts):
+                total = total + part_g[item, part, group, rows]
+            out_g[e, slot, rows] = total.astype(out_g.dtype)
+
+    body.__name__ = "block_sampled_product_parts"
+    plgpu.kernel(
+        body,
+        out_type=(jax.ShapeDtypeStruct((1,), jnp.int32),),  # the result is written through the reference
+        grid=(plan.rest * 2 * pieces,),
+        grid_names=("program",),
+        num_threads=1,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        interpret=interpret,
+    )(parts_QPgbb, pairs_E6P, out_ref)
+    return jax.freeze(out_ref)

@@ -111,9 +111,11 @@ def _schedule(start):
     return jnp.stack([order, start[:-1][order], start[1:][order]])
 
 
-def _band(density: float, rows: int) -> int:
-    """Block rows per band: makes the x and dy columns that 132 concurrent pairs touch about equally many."""
-    return max(1, min(rows, round(math.sqrt(264 / max(density, 1e-3)))))
+def _band(density: float, columns: int) -> int:
+    """Block columns per band: makes the columns of x and of dy that 132 concurrent pairs touch about equally many."""
+    wanted = math.sqrt(264 / max(density, 1e-3))
+    bands = max(1, round(columns / wanted))
+    return -(-columns // bands)
 
 
 def topology_from_indices(
@@ -164,14 +166,18 @@ def topology_from_indices(
     row_order = jnp.lexsort((column, row)).astype(jnp.int32)
     row_start = jnp.searchsorted(row[row_order], jnp.arange(rows + 1, dtype=jnp.int32)).astype(jnp.int32)
 
-    # Neighbours in row order share their slab of x; pairs are visited band by band, so that those in flight at the
-    # same time touch few columns of both x and dy (reuse in the L2 cache).
+    # The weight gradient works on pairs of blocks that share a column; the last block of an odd column is paired
+    # with that of another column, of the same row if there is one. Pairs are visited by bands of columns, so that
+    # those in flight at the same time touch few columns of both x and dy (reuse in the L2 cache).
+    slot, counts = jnp.arange(blocks, dtype=jnp.int32), jnp.diff(column_start)
+    single = (slot == column_start[column + 1] - 1) & (counts[column] % 2 == 1)
+    members = jnp.lexsort((slot, jnp.where(single, row, 0), single)).astype(jnp.int32)
     pairs = (blocks + 1) // 2
-    members = jnp.concatenate([row_order, jnp.full((2 * pairs - blocks,), blocks, jnp.int32)]).reshape(pairs, 2)
-    present = jnp.minimum(members, jnp.where(members[:, 1:] == blocks, members[:, :1], members))
+    members = jnp.concatenate([members, jnp.full((2 * pairs - blocks,), blocks, jnp.int32)]).reshape(pairs, 2)
+    present = jnp.where(members == blocks, members[:, :1], members)
     pair_row, pair_column = (row[present], column[present]) if blocks else (present, present)
-    band = _band(blocks / (rows * columns), rows)
-    visit = jnp.lexsort((pair_row[:, 0], pair_column[:, 0], pair_row[:, 0] // band))
+    band = _band(blocks / (rows * columns), columns)
+    visit = jnp.lexsort((pair_column[:, 0], pair_row[:, 0], pair_column[:, 0] // band))
     fields = [pair_row[:, 0], pair_column[:, 0], members[:, 0], pair_row[:, 1], pair_column[:, 1], members[:, 1]]
     return BlockTopology(
         row_index=row,
@@ -216,7 +222,7 @@ def topology_from_mask(mask: np.ndarray | jax.Array, block_in: int, block_out: i
     row = np.stack([r for _, r in coordinates]).astype(np.int32)
     if mask.ndim == 2:
         row, column = row[0], column[0]
-    geometry = dict(features_in=mask.shape[-2] * block_in, features_out=mask.shape[-1] * block_out)
+    geometry = {"features_in": mask.shape[-2] * block_in, "features_out": mask.shape[-1] * block_out}
     return topology_from_indices(row, column, **geometry, block_in=block_in, block_out=block_out)[0]
 
 
