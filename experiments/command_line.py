@@ -4,10 +4,12 @@ It lives beside the recipes because it is what turns a recipe's name into a reci
 """
 
 import argparse
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import jax
 import tyro
 
 import experiments
@@ -63,3 +65,8 @@ def or_exit(action: Callable[[], T], *errors: Any) -> T:
     except (ValueError, *errors) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def keep_compiled(data_directory: str) -> None:
+    """Keeps compiled programs beside the prepared data, so that the next process need not compile them again."""
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(data_directory).expanduser().absolute() / "compiled"))

@@ -3,8 +3,6 @@
 import pathlib
 import sys
 
-import jax
-
 from experiments import command_line
 from sparse_lm.evaluate.finish import finish
 from sparse_lm.train.checkpoint import CheckpointError
@@ -17,7 +15,7 @@ def main() -> int:
     arguments.add_argument("--run-dir", help="directory of the run; default runs/NAME; an existing run goes on where it stopped")
     recipe, options = command_line.read_recipe(__doc__, arguments)
     run_dir = pathlib.Path(options.run_dir or f"runs/{recipe.name}")
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(recipe.data.directory).absolute() / "compiled"))
+    command_line.keep_compiled(recipe.data.directory)
     code = command_line.or_exit(lambda: train(recipe, run_dir), TrainingDiverged, CheckpointError, FileNotFoundError)
     if code == 0:
         finish(run_dir)

@@ -99,7 +99,7 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=_handlers())
         self._directory, self._like, self._mesh = directory, like, mesh
         self._axis = 1 if population else 0
         self._dims = without_layers({field.name: getattr(dims, field.name) for field in dataclasses.fields(dims)})
@@ -219,31 +219,43 @@ class Source(NamedTuple):
     recipe: dict[str, Any]
 
 
-def read_checkpoint(directory: pathlib.Path, step: int | None = None) -> Source:
+def _handlers() -> dict[str, Any]:
+    """Returns who reads and writes each item; a manager that has not saved needs them to tell what a checkpoint holds."""
+    return {
+        "state": ocp.StandardCheckpointHandler(),
+        "data": ocp.JsonCheckpointHandler(),
+        "recipe": ocp.JsonCheckpointHandler(),
+    }
+
+
+def read_checkpoint(directory: pathlib.Path, step: int | None = None, *, without: tuple[str, ...] = ()) -> Source:
     """Reads a checkpoint without knowing its model.
 
     Args:
       directory: RUN/checkpoints.
       step: which; None: the newest.
+      without: parts of the state that are left on disk, such as "opt_state".
 
     Raises:
       CheckpointError: when there is no such checkpoint.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory} does not exist: no checkpoint to read")
-    with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    handlers = {**_handlers(), "state": ocp.PyTreeCheckpointHandler()}  # the same files, and it reads them in part
+    with ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers) as manager:
         steps = sorted(manager.all_steps())
         chosen = steps[-1] if step is None and steps else step
         if chosen not in steps:
             wanted = "a checkpoint" if step is None else f"checkpoint {step}"
             raise CheckpointError(f"{directory} has no finished {wanted}; finished: {steps or 'none'}")
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = map_leaves(
-            lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), _tree(manager, chosen)
+        found = {name: part for name, part in _tree(manager, chosen).items() if name not in without}
+        abstract = map_leaves(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), found)
+        state = ocp.args.PyTreeRestore(
+            abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
         )
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore(), recipe=ocp.args.JsonRestore()
-        )
+        items = ocp.args.Composite(state=state, data=ocp.args.JsonRestore(), recipe=ocp.args.JsonRestore())
         restored = manager.restore(chosen, args=items)
     return Source(chosen, restored["state"], restored["data"], restored["recipe"])
 
