@@ -44,9 +44,10 @@ ifneq ($(multidevice),)
 endif
 
 lint: $(ready)  ## ruff (rules and format) and mypy
-	$(python) -m ruff check .
-	$(python) -m ruff format --check .
-	$(python) -m mypy $(packages)
+	@status=0; \
+	for check in "ruff check ." "ruff format --check ." "mypy $(packages)"; do \
+	    echo "$$check"; $(python) -m $$check || status=1; \
+	done; exit $$status
 
 clean:  ## remove the environment and caches; runs/ and data/ stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

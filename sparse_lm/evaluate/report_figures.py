@@ -5,6 +5,7 @@ drawing serves light and dark pages. Text stays text, in the page's own typeface
 """
 
 import io
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -23,6 +24,9 @@ NAMED |= {mark: f"var(--s{i})" for i, mark in enumerate(SERIES)}
 MARKERS = ("o", "s", "^", "D", "v", "P")
 POINTS = 500
 """Most points that one line is drawn with."""
+
+# On its first use on a machine matplotlib may announce, as a warning, that it looks for fonts; the page asks it for none.
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 RC = {
     "svg.fonttype": "none",
