@@ -7,7 +7,7 @@ import functools
 import jax
 
 from pallas_kernels.backend import Backend, dispatch
-from pallas_kernels.grouped_matmul import mosaic_gpu, reference, xla
+from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_tpu, reference, xla
 
 _OPERANDS = {
     "product": ("x", "w", None, "row_index", "output_index"),
@@ -29,6 +29,9 @@ def _backends(operation: str, static: dict) -> tuple[Backend, ...]:
     return (
         Backend(
             "mosaic_gpu", ("cuda",), functools.partial(mosaic_gpu.supports, operation, transpose), bound(mosaic_gpu)
+        ),
+        Backend(
+            "mosaic_tpu", ("tpu",), functools.partial(mosaic_tpu.supports, operation, transpose), bound(mosaic_tpu)
         ),
         Backend("xla", None, _always, bound(xla)),
         Backend("reference", None, _always, bound(reference), by_default=False),

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.backend import device_kind, jax_version
-from pallas_kernels.grouped_matmul import groups as row_groups
 from pallas_kernels.grouped_matmul.groups import RowGroups
+from pallas_kernels.grouped_matmul.rows import gather, scatter
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
@@ -46,10 +46,6 @@ def _multiprocessors() -> int:
         return 132  # ahead of time: every full Hopper has 132
 
 
-def _gather(x_RK, index_A):
-    return x_RK if index_A is None else jnp.take(x_RK, index_A, axis=0, mode="clip")
-
-
 def product(
     x_RK, w_WKN, groups: RowGroups, row_index_A, output_index_A, *, transpose: bool, output_rows: int, precision=None
 ):
@@ -58,15 +54,11 @@ def product(
     from pallas_kernels.grouped_matmul.tiles import product_tiles
 
     del precision
-    x_AK = _gather(x_RK, row_index_A)
+    x_AK = gather(x_RK, row_index_A)
     inner, outer = (w_WKN.shape[2], w_WKN.shape[1]) if transpose else w_WKN.shape[1:]
     tiles = product_tiles(device_kind("cuda"), x_AK.shape[0], inner, outer)
     (y_AN,) = grouped_product(x_AK, (w_WKN,), groups, tiles=tiles, transpose=transpose, ctas=_multiprocessors())
-    if output_index_A is None:
-        return y_AN
-    inside_A = row_groups.group_of_row(groups, y_AN.shape[0]) < groups.size_G.shape[0]
-    target_A = jnp.where(inside_A, output_index_A, output_rows)
-    return jnp.zeros((output_rows, outer), y_AN.dtype).at[target_A].set(y_AN, mode="drop", unique_indices=False)
+    return scatter(y_AN, output_index_A, output_rows, groups)
 
 
 def weight_gradient(x_RK, dy_ON, groups: RowGroups, row_index_A, output_index_A, *, precision=None):
@@ -75,7 +67,7 @@ def weight_gradient(x_RK, dy_ON, groups: RowGroups, row_index_A, output_index_A,
     from pallas_kernels.grouped_matmul.tiles import weight_tiles
 
     del precision
-    x_AK, dy_AN = _gather(x_RK, row_index_A), _gather(dy_ON, output_index_A)
+    x_AK, dy_AN = gather(x_RK, row_index_A), gather(dy_ON, output_index_A)
     tiles = weight_tiles(device_kind("cuda"), x_AK.shape[1], dy_AN.shape[1])
     return grouped_weight_gradient(x_AK, dy_AN, groups, tiles=tiles, ctas=_multiprocessors())
 
@@ -86,6 +78,6 @@ def swiglu(x_RK, gate_WKN, up_WKN, groups: RowGroups, row_index_A, *, save: bool
     from pallas_kernels.grouped_matmul.tiles import product_tiles
 
     del precision
-    x_AK = _gather(x_RK, row_index_A)
+    x_AK = gather(x_RK, row_index_A)
     tiles = product_tiles(device_kind("cuda"), x_AK.shape[0], *gate_WKN.shape[1:], parts=2)
     return grouped_product(x_AK, (gate_WKN, up_WKN), groups, tiles=tiles, save=save, ctas=_multiprocessors())

@@ -34,13 +34,15 @@ def product_tiles(kind: str | None, rows: int, inner: int, outer: int, parts: in
     """Tiles of a product with contraction `inner` and `outer` columns; `parts` 2 for SwiGLU."""
     _known(kind)
     if parts == 2:
-        return ProductTiles(bm=128, bn=128)
-    return ProductTiles(bm=128, bn=256) if outer % 256 == 0 else ProductTiles(bm=256 if rows >= 256 else 128, bn=128)
+        return ProductTiles(bm=128, bn=128, minor=1, width=4)
+    if outer % 256 == 0:
+        return ProductTiles(bm=128, bn=256, minor=1, width=4)
+    return ProductTiles(bm=256 if rows >= 256 else 128, bn=128, minor=0, width=8)
 
 
 def weight_tiles(kind: str | None, inner: int, outer: int) -> WeightTiles:
     """Tiles of the weight gradient [inner, outer]."""
     _known(kind)
     if outer % 256 == 0:
-        return WeightTiles(bm=128, bn=256)
-    return WeightTiles(bm=256, bn=128) if inner % 256 == 0 else WeightTiles(bm=128, bn=128)
+        return WeightTiles(bm=128, bn=256, minor=1, width=4)
+    return WeightTiles(bm=256 if inner % 256 == 0 else 128, bn=128, minor=0, width=8)
