@@ -148,6 +148,8 @@ def headline(run: Run, extra: Mapping[str, Any]) -> str:
     """The numbers to remember."""
     entries: list[tuple[str, str]] = []
     for name, result in sorted((run.evaluation or {}).get("domains", {}).items()):
+        if not np.isfinite(number(result.get(BITS))):
+            continue
         against = ""
         if result.get("xz_bits_per_byte"):
             change = result[BITS] / result["xz_bits_per_byte"] - 1
@@ -193,7 +195,10 @@ def quality(run: Run) -> str:
     if not domains:
         return ""
     rows, bars = [], []
-    for name in filter(domains.__contains__, run.domains):
+    names = [name for name in run.domains if name in domains and np.isfinite(number(domains[name].get(BITS)))]
+    if not names:
+        return ""
+    for name in names:
         result = domains[name]
         interval, plain, primed = (
             result.get(key) for key in ("interval", "xz_bits_per_byte", "xz_primed_bits_per_byte")
@@ -217,6 +222,12 @@ def quality(run: Run) -> str:
         (("xz primed with training text", draw.series_colour(1), "dashes"), any(bar[4] is not None for bar in bars)),
     )
     header = ("domain", "bits per byte (95%)", "xz -9", "xz primed", "below xz, at least", "loss", "perplexity")
+    remarks = []
+    for name in names:
+        if (share := domains[name].get("xz_primed_share", 1.0)) < 0.999:
+            remarks.append(f"{name}: xz was primed with {share:.0%} of the training text.")
+        if optimum := domains[name].get("optimum"):
+            remarks.append(f"{name}: {optimum['excess']:.4f} nats a token above the known optimum.")
     explanation = (
         "How many bits the model needs for a byte of text that it was not trained on; the interval is a bootstrap over documents. "
         "xz -9 compresses the same text from nothing; primed, it has seen training text first."
@@ -226,6 +237,7 @@ def quality(run: Run) -> str:
         + page.figure(draw.bits_per_byte("bits", bars), wide=True)
         + page.keys(key for key, shown in legend if shown)
         + page.table(header, rows, numeric=range(1, 7))
+        + "".join(f'<p class="soft">{page.text(remark)}</p>' for remark in remarks)
     )
 
 
@@ -317,7 +329,7 @@ def routing(run: Run) -> str:
     faint = "color-mix(in oklab, var(--s0) 35%, var(--paper))"
     legend = [(names[0], faint, "line"), (names[-1], draw.series_colour(0), "line")] if len(names) > 1 else []
     return (
-        f"<p>Tokens that each expert receives, as a multiple of the even share: mean of the last {recent} training rows, then over time.</p>"
+        "<p>How evenly the routers spread tokens: the mean over the last tenth of the run, then over time.</p>"
         + "".join(maps)
         + page.figures(panels)
         + page.keys(legend if panels else [])
@@ -332,7 +344,8 @@ def speed(run: Run) -> str:
     waiting = run.series("data_wait_s") / np.maximum(run.series("step_s"), 1e-9)
     panels = [draw.line("speed", "Tokens a second", steps, [(run.series("tokens_per_s"), draw.INK)], from_zero=True)]
     if np.isfinite(waiting).any():
-        percent = "{:.1%}".format if np.nanmax(waiting) < 0.1 else "{:.0%}".format
+        most = np.nanmax(waiting)
+        percent = ("{:.2%}" if most < 0.01 else "{:.1%}" if most < 0.1 else "{:.0%}").format
         panels.append(
             draw.line(
                 "waiting",

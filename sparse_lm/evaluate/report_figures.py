@@ -221,8 +221,12 @@ def line(
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
-        if from_zero:
-            axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
+        lowest = min(
+            (values[np.isfinite(values)].min() for values, _ in lines if np.isfinite(values).any()), default=1.0
+        )
+        if from_zero or lowest == 0:
+            high = axes.get_ylim()[1]
+            axes.set_ylim(0, high * 1.05 if any(np.nanmax(values, initial=0) > 0 for values, _ in lines) else 1)
 
     return draw(name, f"{title} against steps", (4.0, 2.4), paint)
 
