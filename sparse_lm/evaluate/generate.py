@@ -237,9 +237,7 @@ class Generator:
         self, prompts: Sequence[np.ndarray], tokens: int, sampling: Sampling, *, seed: int = 0
     ) -> list[np.ndarray]:
         """Returns the tokens of every row, prompt included; see `stream`."""
-        rows: list[np.ndarray] = []
-        for rows in self.stream(prompts, tokens, sampling, seed=seed):
-            pass
+        *_, rows = self.stream(prompts, tokens, sampling, seed=seed)
         return rows
 
 
