@@ -81,7 +81,7 @@ def sampled_product(
     """The stored blocks of x^T dy per expert."""
     from pallas_kernels.block_sparse_matmul import mosaic_gpu_sampled
 
-    tile = tile or tuning.sampled_tile(x_EMK.shape[1], topology)
+    tile = tile or tuning.sampled_tile(topology)
     return mosaic_gpu_sampled.sampled_product(
         _pad_rows(x_EMK, tile.depth),
         _pad_rows(dy_EMN, tile.depth),

@@ -1,7 +1,7 @@
 """The blocks of x^T dy that exist (the weight gradient of a block-sparse matmul) on Hopper.
 
-One work item is a pair of blocks, one for each consumer warpgroup. The topology pairs blocks of one column (or of one
-row), so that a ring slot holds three tiles for two products; the few pairs that share nothing take two slots a step.
+One work item is a pair of blocks, one for each consumer warpgroup. The topology pairs blocks of one column or of one
+row, so a ring slot holds three tiles for two products; a block that shares nothing is an item by itself.
 The contraction runs over all tokens, so items are long and few, and two things decide the speed:
 
 * All programs walk the tokens in step, so what they load meets in the L2 cache; items that run together touch a
@@ -56,15 +56,23 @@ class SampledTile:
 
 @dataclasses.dataclass(frozen=True)
 class Rounds:
-    """`whole` items run on one program each; the `rest` are shared by `parts` programs each."""
+    """`whole` items run on one program each, the next `rest` are shared by `parts` programs each.
+
+    Items after these are not expected to exist; if they do, they run on one program each.
+    """
 
     whole: int
     rest: int
     parts: int
 
 
+def expected_items(blocks: int, columns: int, listed: int) -> int:
+    """Items that exist if the columns are equally full (a list without single blocks), else all that are listed."""
+    return blocks // 2 if blocks % (2 * columns) == 0 else listed
+
+
 def plan_rounds(items: int, steps: int, workers: int, split: bool) -> Rounds:
-    """Decides which items are cut."""
+    """Decides which of the expected items are cut."""
     rest = items % workers
     parts = min(workers // rest, steps, 8) if rest else 1
     if not split or parts < 2:
@@ -88,7 +96,7 @@ def sampled_product(
     Args:
         x_EMK: [experts, tokens, features in], bfloat16 or float16; tokens divisible by ``tile.depth``.
         dy_EMN: [experts, tokens, features out], same dtype.
-        pairs_E6P: int32 [experts, 6, ceil(blocks / 2)]: block row, block column and slot of two blocks.
+        pairs_E6P: int32 [experts, 6, pairs]: block row, block column and slot of two blocks that share a column or row.
         blocks: Stored blocks per expert.
         block: Rows and columns of a block, 64 or 128.
         tile: Tiling.
@@ -102,7 +110,10 @@ def sampled_product(
     dtype, depth, stages = x_EMK.dtype, tile.depth, tile.stages(block)
     pairs, steps = pairs_E6P.shape[2], m // depth
     assert m % depth == 0, (m, tile)
-    plan = plan_rounds(experts * pairs, steps, multiprocessors, tile.split)
+    items = experts * pairs
+    expected = items if experts > 1 else expected_items(blocks, dy_EMN.shape[2] // block, pairs)
+    plan = plan_rounds(expected, steps, multiprocessors, tile.split)
+    surplus = items - plan.whole - plan.rest
 
     def body(x_g, d_g, p_g, o_g, part_g, t_s, o_s, full, free):
         group, worker = lax.axis_index("group"), lax.axis_index("worker")
@@ -115,6 +126,11 @@ def sampled_product(
             e, p = lax.div(item, INT(pairs)), lax.rem(item, INT(pairs))
             return e, [p_g[e, field, p] for field in range(6)]
 
+        def surplus_item(t):
+            return plan.whole + plan.rest + t * multiprocessors + worker
+
+        surplus_rounds = lax.div(INT(surplus) - worker + (multiprocessors - 1), INT(multiprocessors))
+
         def ring_slot(step):
             return lax.rem(step, INT(stages))
 
@@ -124,56 +140,45 @@ def sampled_product(
 
             def fetch(item, first, stride, count, step):
                 """Fills ring slots with steps first, first + stride, ... of an item; returns the next ring step."""
-                e, (row0, column0, _, row1, column1, _) = locate(item)
+                e, (row0, column0, slot0, row1, column1, slot1) = locate(item)
+                count = jnp.where(slot0 < blocks, count, 0)
+                same_column = column0 == column1
 
-                def x_tile(i, row):
-                    return x_g.at[e, pl.ds((first + i * stride) * depth, depth), pl.ds(row * block, block)]
-
-                def d_tile(i, column):
-                    return d_g.at[e, pl.ds((first + i * stride) * depth, depth), pl.ds(column * block, block)]
-
-                def fill(step, *tiles):
+                def one(i, step):
                     s = ring_slot(step)
 
                     @pl.when(step >= stages)
                     def _():
                         plgpu.barrier_wait(free.at[s])
 
-                    for place in range(TILES):
-                        if place < len(tiles):
-                            plgpu.copy_gmem_to_smem(tiles[place], t_s.at[s, place], full.at[s])
-                        else:
-                            plgpu.barrier_arrive(full.at[s])  # keeps the count of arrivals
+                    tokens = pl.ds((first + i * stride) * depth, depth)
 
-                same_column, same_row = column0 == column1, row0 == row1
+                    def load(source, index, place):
+                        tile_ = source.at[e, tokens, pl.ds(index * block, block)]
+                        plgpu.copy_gmem_to_smem(tile_, t_s.at[s, place], full.at[s])
 
-                @pl.when(same_column)
-                def _():
-                    lax.fori_loop(
-                        0,
-                        count,
-                        lambda i, _: fill(step + i, d_tile(i, column0), x_tile(i, row0), x_tile(i, row1)),
-                        None,
-                    )
+                    @pl.when(same_column)
+                    def _():
+                        load(d_g, column0, 0)
+                        load(x_g, row0, 1)
 
-                @pl.when(jnp.logical_not(same_column) & same_row)
-                def _():
-                    lax.fori_loop(
-                        0,
-                        count,
-                        lambda i, _: fill(step + i, x_tile(i, row0), d_tile(i, column0), d_tile(i, column1)),
-                        None,
-                    )
+                    @pl.when(jnp.logical_not(same_column))
+                    def _():
+                        load(x_g, row0, 0)
+                        load(d_g, column0, 1)
+                        load(d_g, column1, 2)
 
-                @pl.when(jnp.logical_not(same_column | same_row))
-                def _():
-                    def two_slots(i, _):
-                        fill(step + 2 * i, x_tile(i, row0), d_tile(i, column0))
-                        fill(step + 2 * i + 1, x_tile(i, row1), d_tile(i, column1))
+                    @pl.when(same_column & (slot1 < blocks))
+                    def _():
+                        load(x_g, row1, 2)
 
-                    lax.fori_loop(0, count, two_slots, None)
+                    @pl.when(slot1 == blocks)
+                    def _():
+                        plgpu.barrier_arrive(full.at[s])  # nothing to load, but the barrier counts three arrivals
 
-                return step + count * jnp.where(same_column | same_row, 1, 2)
+                    return step + 1
+
+                return lax.fori_loop(0, count, one, step)
 
             def whole(t, step):
                 return fetch(t * multiprocessors + worker, INT(0), 1, INT(steps), step)
@@ -181,6 +186,10 @@ def sampled_product(
             step = lax.fori_loop(0, rounds, whole, INT(0))
             if plan.rest:
                 step = fetch(cut_item, part, plan.parts, part_steps, step)
+            if surplus:
+                step = lax.fori_loop(
+                    0, surplus_rounds, lambda t, step: fetch(surplus_item(t), INT(0), 1, INT(steps), step), step
+                )
             lax.fori_loop(
                 jnp.maximum(step - stages, 0), step, lambda i, _: plgpu.barrier_wait(free.at[ring_slot(i)]), None
             )
@@ -191,40 +200,29 @@ def sampled_product(
 
             def multiply(item, count, step):
                 """Contracts `count` steps of an item: expert, slot of this group's block, the product, next ring step."""
-                e, (row0, column0, slot0, row1, column1, slot1) = locate(item)
-                same_column, same_row = column0 == column1, row0 == row1
-                shared = same_column | same_row
-                x_place = jnp.where(same_column, 1 + group, 0)
-                d_place = jnp.where(same_column, 0, 1 + group)
+                e, (_, column0, slot0, _, column1, slot1) = locate(item)
+                count = jnp.where(slot0 < blocks, count, 0)
+                same_column = column0 == column1
+                mine = jnp.where(slot1 < blocks, 1 + group, 1)  # of a single block both groups make the same product
+                x_place, d_place = jnp.where(same_column, mine, 0), jnp.where(same_column, 0, mine)
 
                 def scope(acc):
-                    def one_slot(i, _):
+                    def one(i, _):
                         s = ring_slot(step + i)
                         plgpu.barrier_wait(full.at[s])
                         plgpu.wgmma(acc, t_s.at[s, x_place].transpose((1, 0)), t_s.at[s, d_place])
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(free.at[s])
 
-                    def two_slots(i, _):
-                        first, second = ring_slot(step + 2 * i), ring_slot(step + 2 * i + 1)
-                        plgpu.barrier_wait(full.at[first])
-                        plgpu.barrier_wait(full.at[second])
-                        s = jnp.where(group == 0, first, second)
-                        plgpu.wgmma(acc, t_s.at[s, 0].transpose((1, 0)), t_s.at[s, 1])
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(free.at[first])
-                        plgpu.barrier_arrive(free.at[second])
-
-                    lax.fori_loop(0, jnp.where(shared, count, 0), one_slot, None)
-                    lax.fori_loop(0, jnp.where(shared, 0, count), two_slots, None)
+                    lax.fori_loop(0, count, one, None)
                     return acc[...]
 
                 product = pl.run_scoped(scope, plgpu.ACC((block, block), jnp.float32))
-                slot = jnp.where(group == 0, slot0, slot1)
-                return e, slot, product, step + count * jnp.where(shared, 1, 2)
+                return e, jnp.where(group == 0, slot0, slot1), product, step + count
 
-            def whole(t, step):
-                e, slot, product, step = multiply(t * multiprocessors + worker, INT(steps), step)
+            def finish(item, step):
+                """One item from its first token to its last, and the store of its blocks."""
+                e, slot, product, step = multiply(item, INT(steps), step)
                 product = product.astype(dtype)
                 for r in range(0, block, EPILOGUE):
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -237,13 +235,16 @@ def sampled_product(
 
                 return step
 
-            step = lax.fori_loop(0, rounds, whole, INT(0))
+            step = lax.fori_loop(0, rounds, lambda t, step: finish(t * multiprocessors + worker, step), INT(0))
             if plan.rest:
+                _, _, product, step = multiply(cut_item, part_steps, step)
 
                 @pl.when(part < plan.parts)
                 def _():
-                    _, _, product, _ = multiply(cut_item, part_steps, step)
                     part_g[cut_item - plan.whole, part, group] = product
+
+            if surplus:
+                lax.fori_loop(0, surplus_rounds, lambda t, step: finish(surplus_item(t), step), step)
 
             plgpu.wait_smem_to_gmem(0)
 

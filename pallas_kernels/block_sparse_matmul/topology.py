@@ -6,7 +6,7 @@ pattern changes, and travels with it. All shapes depend only on the number of bl
 inside ``jax.jit`` without recompiling.
 
 Legend: K, N features in and out; R = K / block_k block rows; C = N / block_n block columns; J stored blocks;
-P = ceil(J / 2) pairs.
+P pairs (at most (J + C) / 2).
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class BlockTopology:
         row_start: int32 [R + 1], positions in `row_order` of each row.
         column_schedule: int32 [3, C], (column, start, stop), columns by descending number of blocks.
         row_schedule: int32 [3, R], (row, start, stop) into `row_order`, likewise.
-        pairs: int32 [6, P], the order of work of the weight gradient; the slot of a missing second block is J.
+        pairs: int32 [6, P], the order of work of the weight gradient: row, column and slot of two blocks that share
+            a column or a row; the slot of an absent block is J.
         features_in: K.
         features_out: N.
         block_in: Rows of a block.
@@ -118,6 +119,50 @@ def _band(density: float, columns: int) -> int:
     return -(-columns // bands)
 
 
+def pair_bound(blocks: int, columns: int) -> int:
+    """The most pairs any pattern of that many blocks needs: one block may be left over in every column."""
+    return min(blocks, (blocks + columns + 1) // 2)
+
+
+def _pairs(row, column, column_start, rows: int, columns: int):
+    """The order of work of the weight gradient: pairs of blocks that share a column, or else a row, or single blocks.
+
+    Pairs are visited by bands of columns, so that those in flight at the same time touch few columns of both x and
+    dy (reuse in the L2 cache). Entries that no pattern of this size may need are filled with absent blocks.
+    """
+    blocks = row.shape[0]
+    if blocks == 0:
+        return jnp.zeros((PAIR_FIELDS, 0), jnp.int32)
+    slot = jnp.arange(blocks, dtype=jnp.int32)
+    rank, count = slot - column_start[column], jnp.diff(column_start)[column]
+    single = (rank == count - 1) & (count % 2 == 1)
+    # Blocks left over in their column, by row: neighbours in one row become pairs too.
+    by_row = jnp.lexsort((slot, jnp.where(single, row, rows))).astype(jnp.int32)
+    sorted_row = jnp.where(single, row, rows)[by_row]
+    rank_in_row = slot - jnp.searchsorted(sorted_row, sorted_row).astype(jnp.int32)
+    follower = jnp.concatenate([by_row[1:], jnp.full((1,), blocks, jnp.int32)])
+    has_follower = jnp.concatenate([sorted_row[1:] == sorted_row[:-1], jnp.zeros((1,), bool)])
+    leads_row = jnp.zeros((blocks,), bool).at[by_row].set(rank_in_row % 2 == 0)
+    row_partner = jnp.zeros((blocks,), jnp.int32).at[by_row].set(jnp.where(has_follower, follower, blocks))
+    leads = jnp.where(single, leads_row, rank % 2 == 0)
+    partner = jnp.where(single, row_partner, slot + 1)
+
+    band = _band(blocks / (rows * columns), columns)
+    visit = jnp.lexsort((column, row, column // band, ~leads))[: pair_bound(blocks, columns)]
+    present, second = leads[visit], partner[visit]
+    other = jnp.where(second < blocks, second, visit)
+    return jnp.stack(
+        [
+            row[visit],
+            column[visit],
+            jnp.where(present, visit, blocks).astype(jnp.int32),
+            row[other],
+            column[other],
+            jnp.where(present, second, blocks).astype(jnp.int32),
+        ]
+    )
+
+
 def topology_from_indices(
     row_index: jax.Array, block_column: jax.Array, *, features_in: int, features_out: int, block_in: int, block_out: int
 ) -> tuple[BlockTopology, jax.Array]:
@@ -158,7 +203,7 @@ def topology_from_indices(
         )
         return jax.vmap(build)(row_index, block_column)
 
-    rows, columns, blocks = features_in // block_in, features_out // block_out, row_index.shape[0]
+    rows, columns = features_in // block_in, features_out // block_out
     row_index, block_column = row_index.astype(jnp.int32), block_column.astype(jnp.int32)
     order = jnp.lexsort((row_index, block_column)).astype(jnp.int32)
     row, column = row_index[order], block_column[order]
@@ -166,19 +211,7 @@ def topology_from_indices(
     row_order = jnp.lexsort((column, row)).astype(jnp.int32)
     row_start = jnp.searchsorted(row[row_order], jnp.arange(rows + 1, dtype=jnp.int32)).astype(jnp.int32)
 
-    # The weight gradient works on pairs of blocks that share a column; the last block of an odd column is paired
-    # with that of another column, of the same row if there is one. Pairs are visited by bands of columns, so that
-    # those in flight at the same time touch few columns of both x and dy (reuse in the L2 cache).
-    slot, counts = jnp.arange(blocks, dtype=jnp.int32), jnp.diff(column_start)
-    single = (slot == column_start[column + 1] - 1) & (counts[column] % 2 == 1)
-    members = jnp.lexsort((slot, jnp.where(single, row, 0), single)).astype(jnp.int32)
-    pairs = (blocks + 1) // 2
-    members = jnp.concatenate([members, jnp.full((2 * pairs - blocks,), blocks, jnp.int32)]).reshape(pairs, 2)
-    present = jnp.where(members == blocks, members[:, :1], members)
-    pair_row, pair_column = (row[present], column[present]) if blocks else (present, present)
-    band = _band(blocks / (rows * columns), columns)
-    visit = jnp.lexsort((pair_column[:, 0], pair_row[:, 0], pair_column[:, 0] // band))
-    fields = [pair_row[:, 0], pair_column[:, 0], members[:, 0], pair_row[:, 1], pair_column[:, 1], members[:, 1]]
+    pairs = _pairs(row, column, column_start, rows, columns)
     return BlockTopology(
         row_index=row,
         column_start=column_start,
@@ -187,7 +220,7 @@ def topology_from_indices(
         row_start=row_start,
         column_schedule=_schedule(column_start),
         row_schedule=_schedule(row_start),
-        pairs=jnp.stack(fields)[:, visit],
+        pairs=pairs,
         features_in=features_in,
         features_out=features_out,
         block_in=block_in,

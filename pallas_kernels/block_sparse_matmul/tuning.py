@@ -1,22 +1,17 @@
-"""Which tiling a kernel uses: a small table per kind of device, found by ``scripts/benchmark.py tune``.
+"""Which tiling a kernel uses: a small table per kind of device, found by ``python scripts/benchmark.py tune``.
 
-An unknown device gets the default of the nearest known one (the tables hold no shapes, only density classes), and
-says so once.
+An unknown device gets the table of the default kind and says so once.
 """
 
 from __future__ import annotations
 
 import warnings
 
-from pallas_kernels.backend import attached_multiprocessors
+from pallas_kernels.backend import attached_multiprocessors, device_kind
+from pallas_kernels.block_sparse_matmul.tuned_tiles import DEFAULT_KIND, TILES
 
 DEFAULT_MULTIPROCESSORS = 132  # H100 SXM, H200
-
-
-def multiprocessors() -> int:
-    """Streaming multiprocessors of the attached CUDA device, or those of an H100 when compiling ahead of time."""
-    return attached_multiprocessors() or DEFAULT_MULTIPROCESSORS
-
+STEP = 64  # contracted features of one ring slot
 
 _said: set[str] = set()
 
@@ -26,6 +21,28 @@ def say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         warnings.warn(message, stacklevel=3)
+
+
+def multiprocessors() -> int:
+    """Streaming multiprocessors of the attached CUDA device, or those of an H100 when compiling ahead of time."""
+    return attached_multiprocessors() or DEFAULT_MULTIPROCESSORS
+
+
+def tuned(operation: str, steps: float) -> dict:
+    """The tuned fields of an operation whose mean output tile has `steps` ring steps, on the present device."""
+    kind = device_kind("cuda") or DEFAULT_KIND
+    if kind not in TILES:
+        say_once(f"{operation}: no tilings for {kind!r} yet, using those of {DEFAULT_KIND!r}; run the autotuner.")
+        kind = DEFAULT_KIND
+    return next(fields for most, fields in TILES[kind][operation] if steps <= most)
+
+
+def steps_per_tile(topology, transposed: bool) -> float:
+    """Ring steps of a mean output tile: stored blocks per output column times steps per block."""
+    columns, block = (topology.block_columns, topology.block_in)
+    if transposed:
+        columns, block = (topology.block_rows, topology.block_out)
+    return topology.blocks / columns * block / STEP
 
 
 def product_tile(rows: int, topology, transposed: bool):
@@ -41,13 +58,20 @@ def product_tile(rows: int, topology, transposed: bool):
     """
     from pallas_kernels.block_sparse_matmul.mosaic_gpu_product import ProductTile
 
-    del topology, transposed
-    return ProductTile(rows=256 if rows > 128 else 128)
+    fields = dict(tuned("product_transposed" if transposed else "product", steps_per_tile(topology, transposed)))
+    if rows <= 128:
+        return ProductTile(rows=128, width=1)
+    if -(-rows // 256) % fields["cluster"]:  # do not pad rows only to fill a cluster
+        fields["cluster"] = 1
+    block_out = topology.block_in if transposed else topology.block_out
+    if block_out == 64:
+        fields["swapped"] = False  # half of 64 columns is too narrow for a store
+    return ProductTile(rows=256, **fields)
 
 
-def sampled_tile(rows: int, topology):
+def sampled_tile(topology):
     """The tiling of the sampled product, a ``mosaic_gpu_sampled.SampledTile``."""
     from pallas_kernels.block_sparse_matmul.mosaic_gpu_sampled import SampledTile
 
-    del rows, topology
-    return SampledTile()
+    steps = topology.blocks / max(1, topology.block_columns)
+    return SampledTile(**tuned("sampled_product", steps))

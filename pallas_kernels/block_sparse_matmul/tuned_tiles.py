@@ -1,0 +1,23 @@
+"""Tilings found by ``python scripts/benchmark.py tune``; edit by running it, not by hand.
+
+device kind -> operation -> list of (most ring steps a mean output tile may have, tiling). A step is 64 contracted
+features. The tables hold density classes, not shapes.
+"""
+
+INFINITE = 1 << 30
+
+TILES = {
+    "NVIDIA H100 80GB HBM3": {
+        "product": [
+            (8, {"width": 2, "cluster": 1, "swapped": False}),
+            (INFINITE, {"width": 4, "cluster": 1, "swapped": False}),
+        ],
+        "product_transposed": [
+            (16, {"width": 2, "cluster": 1, "swapped": True}),
+            (INFINITE, {"width": 4, "cluster": 1, "swapped": False}),
+        ],
+        "sampled_product": [(INFINITE, {"split": True})],
+    },
+}
+
+DEFAULT_KIND = "NVIDIA H100 80GB HBM3"
