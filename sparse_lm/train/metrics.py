@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pathlib
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol
@@ -225,7 +226,7 @@ class Wandb:
             ) from None
         identity = run_dir / "wandb_id"
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id())
+            identity.write_text(secrets.token_hex(8))
         self._members = members
         self._run = wandb.init(
             project=project, name=run_dir.name, dir=str(run_dir), id=identity.read_text(), resume="allow", config=recipe
