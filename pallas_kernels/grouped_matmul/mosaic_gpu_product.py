@@ -135,7 +135,7 @@ def grouped_product(
     out = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct((rows, outer), dtype)] * outs,
-        **ring_grid(ctas, tiles.cluster),
+        **ring_grid(ctas // tiles.cluster, tiles.cluster),
         num_threads=3,
         thread_name="wg",
         interpret=interpret,

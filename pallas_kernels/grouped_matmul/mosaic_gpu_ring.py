@@ -18,25 +18,30 @@ CHUNK = 64  # rows and columns that leave through shared memory at a time
 PRODUCER = 2
 
 
-def run_ring(items, ctas: int, slots: int, free, produce, consume):
+def run_ring(items, lanes: int, slots: int, free, produce, consume, life: int = 0):
     """Run all items: `produce(item, step) -> step` on the producer, `consume(item, step) -> step` on both consumers; `step` counts ring slots used so far.
 
+    Lane l takes the items l, l + lanes, ..; with `life`, at most that many of a section of lanes * life items, and lanes further on take the next sections.
     `free` is the barrier array on which the consumers hand slots back; every completion is waited for, also those of the last slots.
     """
     warpgroup, cta = lax.axis_index("wg"), lax.axis_index("cta")
-    mine = lax.div(items - cta + (ctas - 1), jnp.int32(ctas))
+    if life:
+        first = lax.div(cta, jnp.int32(lanes)) * (lanes * life) + lax.rem(cta, jnp.int32(lanes))
+        mine = jnp.clip(lax.div(items - first + (lanes - 1), jnp.int32(lanes)), 0, life)
+    else:
+        first, mine = cta, lax.div(items - cta + (lanes - 1), jnp.int32(lanes))
 
     @pl.when(warpgroup == PRODUCER)
     def _():
         plgpu.set_max_registers(40, action="decrease")
-        step = lax.fori_loop(0, mine, lambda i, s: produce(cta + i * ctas, s), jnp.int32(0))
-        first = jnp.maximum(step - slots, 0)
-        lax.fori_loop(first, step, lambda s, _: plgpu.barrier_wait(free.at[lax.rem(s, jnp.int32(slots))]), None)
+        step = lax.fori_loop(0, mine, lambda i, s: produce(first + i * lanes, s), jnp.int32(0))
+        held = jnp.maximum(step - slots, 0)
+        lax.fori_loop(held, step, lambda s, _: plgpu.barrier_wait(free.at[lax.rem(s, jnp.int32(slots))]), None)
 
     @pl.when(warpgroup < PRODUCER)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        lax.fori_loop(0, mine, lambda i, s: consume(cta + i * ctas, s), jnp.int32(0))
+        lax.fori_loop(0, mine, lambda i, s: consume(first + i * lanes, s), jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -110,9 +115,9 @@ def out_buffers(dtype):
     return [plgpu.RefUnion(tiled, plain) for _ in range(2)]
 
 
-def ring_grid(ctas: int, cluster: int):
-    """Arguments of `plgpu.kernel` for persistent CTAs, alone or in pairs."""
-    grid = {"grid": (ctas // cluster,), "grid_names": ("cta",)}
+def ring_grid(lanes: int, cluster: int):
+    """Arguments of `plgpu.kernel` for CTAs (lanes), alone or in pairs."""
+    grid = {"grid": (lanes,), "grid_names": ("cta",)}
     return grid if cluster == 1 else {**grid, "cluster": (cluster,), "cluster_names": ("pair",)}
 
 

@@ -33,7 +33,11 @@ from pallas_kernels.grouped_matmul.schedule import ALIGN
 
 @dataclasses.dataclass(frozen=True)
 class WeightTiles:
-    """Tile sizes: CTA tile bm x bn of dw, bk rows a step, ring slots, the walk over tiles of a group, CTAs that share the x tile."""
+    """Tile sizes: CTA tile bm x bn of dw, bk rows a step, ring slots, the walk over tiles of a group, CTAs that share the x tile.
+
+    A CTA ends after `life` items and the device starts the next one where an SM is free, which evens out groups of very different sizes; 0: as many CTAs as SMs,
+    which deal all items among themselves in turn.
+    """
 
     bm: int = 256
     bn: int = 128
@@ -42,6 +46,7 @@ class WeightTiles:
     minor: int = 0
     width: int = 4
     cluster: int = 1
+    life: int = 0
 
 
 def _largest_first(size_G):
@@ -76,6 +81,9 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
     end_G = start_G + size_G
     steps_G = jnp.where(size_G > 0, (end_G - first_G + bk - 1) // bk, 0)
     ranges_5G = jnp.stack([start_G, end_G, first_G, steps_G, order_G])
+
+    items, lanes = count * m_tiles * n_tiles, ctas // tiles.cluster
+    launched = lanes * -(-items // (lanes * tiles.life)) if tiles.life else lanes
 
     def body(ranges_g, x_g, dy_g, out_g, x_s, dy_s, buffers0, buffers1, full, free, both):
         warpgroup = lax.axis_index("wg")
@@ -139,12 +147,12 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
             store_rows(value, out_g.at[ranges_g[4, g]], row, n * bn, 0, x_g.shape[1], (buffers0, buffers1), 0)
             return step + length
 
-        run_ring(count * m_tiles * n_tiles, ctas // tiles.cluster, slots, free, produce, consume)
+        run_ring(items, lanes, slots, free, produce, consume, life=tiles.life)
 
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((count, x_AK.shape[1], dy_AN.shape[1]), dtype),
-        **ring_grid(ctas, tiles.cluster),
+        **ring_grid(launched, tiles.cluster),
         num_threads=3,
         thread_name="wg",
         interpret=interpret,

@@ -1,0 +1,147 @@
+"""The Hopper kernels without a GPU: values and races in the interpreter on tiny shapes, and lowering for CUDA at the tile sizes in use."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.backend import jax_version
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, mosaic_gpu, reference
+from pallas_kernels.grouped_matmul.groups import contiguous
+
+pytestmark = pytest.mark.skipif(
+    jax_version() < (0, 11, 0), reason="the GPU interpreter and these kernels need JAX 0.11"
+)
+
+RAGGED = [100, 0, 93, 51]  # of 256 rows: odd starts, an empty group, rows of no group
+
+
+def error(actual, expected):
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert np.isfinite(actual).all()
+    return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+
+
+def interpreter():
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.InterpretGPUParams(detect_races=True)
+
+
+def inputs(rows=256, inner=128, outer=256):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (rows, inner), (4, inner, outer), (rows, outer)
+    return [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes)]
+
+
+def run_product(capfd, weights, x, sizes, **options):
+    from pallas_kernels.grouped_matmul.mosaic_gpu_product import ProductTiles, grouped_product
+
+    tiles = ProductTiles(**options.pop("tiles"))
+    out = grouped_product(
+        x, weights, contiguous(jnp.array(sizes)), tiles=tiles, ctas=2, interpret=interpreter(), **options
+    )
+    out = [np.asarray(o, np.float32) for o in out]
+    assert "RACE" not in "".join(capfd.readouterr())
+    return out
+
+
+@pytest.mark.parametrize(
+    "transpose, sizes, tiles",
+    [
+        (False, RAGGED, {"bm": 128, "bn": 256, "slots": 2}),
+        pytest.param(True, RAGGED, {"bm": 128, "bn": 128, "slots": 3, "minor": 1, "width": 1}, marks=pytest.mark.slow),
+        pytest.param(False, [0, 0, 256, 0], {"bm": 256, "bn": 128, "slots": 2, "cluster": 2}, marks=pytest.mark.slow),
+        pytest.param(False, [0, 0, 0, 0], {"bm": 128, "bn": 256, "slots": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_product(capfd, transpose, sizes, tiles):
+    x, w, dy = inputs()
+    x = (dy if transpose else x).at[sum(sizes) :].set(jnp.nan)
+    (y,) = run_product(capfd, (w,), x, sizes, tiles=tiles, transpose=transpose)
+    groups = contiguous(jnp.array(sizes))
+    expected = reference.product(jnp.nan_to_num(x), w, groups, None, None, transpose=transpose, output_rows=256)
+    assert error(y, expected) <= 2.5e-3
+    assert not y[sum(sizes) :].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save", [False, True])
+def test_swiglu(capfd, save):
+    x, gate, _ = inputs()
+    up = jax.random.normal(jax.random.key(5), gate.shape, gate.dtype)
+    actual = run_product(capfd, (gate, up), x, RAGGED, tiles={"bm": 128, "bn": 128, "slots": 2}, save=save)
+    for a, e in zip(actual, reference.swiglu(x, gate, up, contiguous(jnp.array(RAGGED)), None, save=save), strict=True):
+        assert error(a, e) <= 2.5e-3
+
+
+@pytest.mark.parametrize(
+    "sizes, tiles",
+    [
+        (RAGGED, {"bm": 128, "bn": 256, "slots": 2}),
+        pytest.param([65, 64, 0, 71], {"bm": 128, "bn": 128, "slots": 3, "cluster": 2}, marks=pytest.mark.slow),
+        pytest.param([0, 256, 0, 0], {"bm": 128, "bn": 128, "slots": 2, "life": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_weight_gradient(capfd, sizes, tiles):
+    from pallas_kernels.grouped_matmul.mosaic_gpu_weight import WeightTiles, grouped_weight_gradient
+
+    x, _, dy = inputs()
+    x, dy = (a.at[sum(sizes) :].set(jnp.nan) for a in (x, dy))
+    groups = contiguous(jnp.array(sizes))
+    options = {"tiles": WeightTiles(**tiles), "ctas": 2, "interpret": interpreter()}
+    dw = np.asarray(grouped_weight_gradient(x, dy, groups, **options), np.float32)
+    assert "RACE" not in "".join(capfd.readouterr())
+    assert error(dw, reference.weight_gradient(jnp.nan_to_num(x), jnp.nan_to_num(dy), groups, None, None)) <= 2.5e-3
+
+
+def struct(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rows, inner, outer, experts",
+    [
+        (1024, 256, 512, 4),
+        (65536, 4096, 14336, 8),
+        (131072, 2048, 768, 128),
+    ],
+)
+def test_training_step_lowers_for_cuda(rows, inner, outer, experts):
+    def loss(x, gate, up, down, sizes):
+        h = grouped_swiglu(x, gate, up, sizes)
+        return jnp.sum(grouped_matmul(h, down, sizes).astype(jnp.float32) ** 2)
+
+    weight = struct(experts, inner, outer)
+    args = struct(rows, inner), weight, weight, struct(experts, outer, inner), struct(experts, dtype=jnp.int32)
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).trace(*args).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("mosaic_gpu") >= 8  # swiglu, down; dx of down, gate, up; dw of the three
+
+
+def test_batch_of_calls_lowers_for_cuda():
+    batch = jax.vmap(functools.partial(grouped_matmul, backend="mosaic_gpu"), in_axes=(0, None, 0))
+    args = struct(2, 128, 128), struct(4, 128, 128), struct(2, 4, dtype=jnp.int32)
+    assert "mosaic_gpu" in jax.jit(batch).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"shapes": {"x": (100, 128), "w": (4, 128, 128)}}, "rows"),
+        ({"shapes": {"x": (256, 96), "w": (4, 96, 128)}}, "dims"),
+        ({"dtypes": {"x": jnp.dtype("float32")}}, "16-bit"),
+        ({"kind": "NVIDIA A100-SXM4-80GB"}, "Hopper"),
+        ({"kind": "NVIDIA B200"}, "Hopper"),
+    ],
+)
+def test_reasons(change, reason):
+    fine = {
+        "shapes": {"x": (256, 128), "w": (4, 128, 128)},
+        "dtypes": {"x": jnp.dtype("bfloat16")},
+        "kind": "NVIDIA H100 80GB HBM3",
+    }
+    assert mosaic_gpu.supports("product", False, *fine.values()) is None
+    assert reason in mosaic_gpu.supports("product", False, *{**fine, **change}.values())
