@@ -1,9 +1,11 @@
 """Models, batches and recipes small enough to compile in a second; shared by the tests of the model and of training."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 
 from sparse_lm.config import override
@@ -13,6 +15,7 @@ from sparse_lm.data.tokenizer import Bytes
 from sparse_lm.layers.feed_forward import DenseFeedForward, FeedForward
 from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.model.attention import Attention
+from sparse_lm.model.definition import Definition, define
 from sparse_lm.model.transformer import Model
 from sparse_lm.recipe import Recipe
 from sparse_lm.routing.experts import MoEFeedForward
@@ -38,6 +41,16 @@ def model(feed_forward: FeedForward = DENSE, **changes: Any) -> Model:
     attention = changes.pop("attention", Attention(heads=2, kv_heads=1, head_dim=8))
     start = {"vocab_size": VOCABULARY, "d_model": 16, "layers": 2, "attention": attention, "pattern": (feed_forward,)}
     return Model(**{**start, **changes})
+
+
+jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+
+
+@functools.cache
+def materialized(config: Model, seed: int = 3) -> tuple[Definition, dict, dict]:
+    """Returns (definition, parameters, model state) of a model."""
+    definition = define(config)
+    return definition, jit(definition.initial_params)(jax.random.key(seed)), definition.initial_state()
 
 
 def batch(

@@ -93,7 +93,9 @@ class Checkpointer:
             policies.append(checkpoint_managers.EveryNSteps(config.keep_every))
         if config.keep_best:
             best = checkpoint_managers.BestN(
-                get_metric_fn=lambda metrics: -metrics["loss"], n=config.keep_best, keep_checkpoints_without_metrics=False
+                get_metric_fn=lambda metrics: -metrics["loss"],
+                n=config.keep_best,
+                keep_checkpoints_without_metrics=False,
             )
             policies.append(best)
         options = ocp.CheckpointManagerOptions(
@@ -131,7 +133,9 @@ class Checkpointer:
                 f"saving to {self._directory} failed: {error}. Finished checkpoints: {self.steps()}"
             ) from error
 
-    def save(self, step: int, state: TrainState, data_state: dict[str, Any], recipe: dict[str, Any], loss: float) -> None:
+    def save(
+        self, step: int, state: TrainState, data_state: dict[str, Any], recipe: dict[str, Any], loss: float
+    ) -> None:
         """Saves a state in the background; waits for the save before it.
 
         Args:
@@ -176,7 +180,9 @@ class Checkpointer:
         wanted = self._abstract()
         problems = mismatches(wanted, _tree(self._manager, step))
         if problems:
-            raise CheckpointError(f"checkpoint {step} in {self._directory} does not fit this recipe:\n" + "\n".join(problems))
+            raise CheckpointError(
+                f"checkpoint {step} in {self._directory} does not fit this recipe:\n" + "\n".join(problems)
+            )
         items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), data=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         place = jax.jit(lambda tree: rolled(tree, self._like, self._axis), out_shardings=shardings)
@@ -247,7 +253,7 @@ def read_checkpoint(directory: pathlib.Path, step: int | None = None, *, without
         steps = sorted(manager.all_steps())
         chosen = steps[-1] if step is None and steps else step
         if chosen not in steps:
-            wanted = "a checkpoint" if step is None else f"checkpoint {step}"
+            wanted = "checkpoint" if step is None else f"checkpoint {step}"
             raise CheckpointError(f"{directory} has no finished {wanted}; finished: {steps or 'none'}")
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         found = {name: part for name, part in _tree(manager, chosen).items() if name not in without}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from sparse_lm.config import Config
 from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.train.checkpoint import CheckpointError, mismatches
-from sparse_lm.train.state import TrainState, rolled, unrolled
+from sparse_lm.train.state import TrainState, is_empty, rolled, unrolled
 
 Tree = dict[str, Any]
 Transform = Callable[[Tree], Tree]
@@ -130,8 +130,11 @@ def initialize(fresh: TrainState, source: Tree, transforms: Sequence[Transform],
     for transform in transforms:
         source = transform(source)
     target = unrolled(fresh)
-    loaded = {name: subtree for name, subtree in source.items() if subtree or name == "params"}
-    problems = mismatches({name: target[name] for name in loaded}, loaded)
+    loaded = {name: part for name, part in source.items() if name == "params" or not is_empty(part)}
+    # A whole state must fill every part of the fresh one; an average that was not kept starts from the parameters.
+    whole = "step" in loaded
+    wanted = {name: part for name, part in target.items() if name in loaded or (whole and name != "ema")}
+    problems = mismatches(wanted, loaded)
     if partial:
         problems = [line for line in problems if not line.startswith("  missing")]
     if problems:
