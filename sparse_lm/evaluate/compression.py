@@ -95,19 +95,21 @@ class Compression:
         """Waits for a domain's numbers.
 
         Returns:
-          {"xz_bits_per_byte", "xz_primed_bits_per_byte", "xz_primed_with_bytes", "xz_primed_share"}: size(training + held-out) -
-          size(training) over the held-out bytes; the last is the share of the training text that primed it. None where there was
-          no text.
+          {"xz_bits_per_byte", "xz_primed_bits_per_byte", "xz_primed_with_bytes", "xz_primed_share"}: primed is size(training +
+          held-out) - size(training) over the held-out bytes; share is how much of the training text primed it. What is not known
+          is left out: no held-out text, no training text, a source without end.
         """
         size = self._bytes[domain]
         plain, *primed = [job.result() for job in self._sizes[domain]]
-        training = self._primed_with[domain]
-        return {
-            "xz_bits_per_byte": 8 * plain / size if size else None,
-            "xz_primed_bits_per_byte": 8 * (primed[0] - primed[1]) / size if size and primed else None,
-            "xz_primed_with_bytes": len(training.content),
-            "xz_primed_share": training.share,
-        }
+        training, row = self._primed_with[domain], {}
+        if size:
+            row["xz_bits_per_byte"] = 8 * plain / size
+        if size and primed:
+            row["xz_primed_bits_per_byte"] = 8 * (primed[0] - primed[1]) / size
+            row["xz_primed_with_bytes"] = len(training.content)
+        if primed and training.share is not None:
+            row["xz_primed_share"] = training.share
+        return row
 
     def __enter__(self) -> "Compression":
         return self
