@@ -33,8 +33,9 @@ from sparse_lm.train.validation import EvalStep, build_eval_step, validation_row
 RESUMABLE = 75
 """Exit code of a run that was told to stop and saved (EX_TEMPFAIL of sysexits.h): start it again to go on."""
 
-FREE_FIELDS = ("log.", "checkpoint.", "validation.", "name:", "data.directory", "data.workers")
-"""Fields in which a resumed run may differ from the run it continues: they change no number that is trained on."""
+FREE_FIELDS = ("log.", "checkpoint.", "validation.", "mesh.", "name:", "data.directory", "data.workers")
+"""Fields in which a resumed run may differ from the run it continues: they change no number that is trained on (a mesh
+changes the order of sums, so going on elsewhere is equal to rounding, not to the bit)."""
 
 
 class TrainingDiverged(RuntimeError):
