@@ -50,10 +50,10 @@ class Definition:
             int(np.prod(shape)) for shape in jax.tree.leaves(self.shapes, is_leaf=lambda s: isinstance(s, tuple))
         )
 
-    def initial_params(self, key: jax.Array) -> Tree:
-        """Draws the parameters, float32."""
+    def initial_params(self, key: jax.Array, shardings: Tree | None = None) -> Tree:
+        """Draws the parameters, float32; [P] keys draw those of a population. See `parameter.materialize`."""
         scales = initial_scales(self.config.parametrization, self.dims, self.shapes)
-        return materialize(key, self.shapes, self.inits, scales)
+        return materialize(key, self.shapes, self.inits, scales, shardings)
 
     def initial_state(self) -> Tree:
         """Returns the initial model state: zeros."""

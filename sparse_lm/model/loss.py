@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-LOGITS_BYTES = 1 << 29
+LOGITS_BYTES = 1 << 30
 """Float32 logits of one chunk stay below this many bytes where the length can be divided so."""
 
 

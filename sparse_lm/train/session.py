@@ -23,7 +23,7 @@ from sparse_lm.train.checkpoint import read_checkpoint
 from sparse_lm.train.initialize import initialize, is_partial, transforms_of
 from sparse_lm.train.parametrization import learning_rate_scales
 from sparse_lm.train.population import member_arrays, over_members
-from sparse_lm.train.state import TrainState, dims_of, initial_state
+from sparse_lm.train.state import TrainState, dims_of, fresh_state, initial_state, member_keys
 from sparse_lm.train.step import build_step
 from sparse_lm.train.validation import MODEL_ARRAYS
 
@@ -147,8 +147,18 @@ def open_session(recipe: Recipe, devices: list[jax.Device] | None = None) -> Ses
             for field in dataclasses.fields(dims)
         }
     )
-    made = jax.jit(create_all, out_shardings=shardings)
-    return Session(recipe, definition, mesh, abstract, dims, shardings, multipliers, lambda: made(seeds))
+
+    def create_sharded() -> TrainState:
+        init_keys, run_keys = over_members(member_keys, population, (0,))(seeds)
+        params = definition.initial_params(init_keys, shardings.params)
+
+        def around(params: Any, run_key: jax.Array) -> TrainState:
+            return fresh_state(definition, transformation, params, run_key, with_ema=with_ema)
+
+        made = jax.jit(over_members(around, population, (0, 0)), out_shardings=shardings, donate_argnums=0)
+        return made(params, run_keys)
+
+    return Session(recipe, definition, mesh, abstract, dims, shardings, multipliers, create_sharded)
 
 
 def starting_point(session: Session) -> tuple[TrainState, dict[str, Any] | None]:

@@ -40,12 +40,16 @@ class TrainState:
     skipped: jax.Array
 
 
-def initial_state(
-    definition: Definition, optimizer: optax.GradientTransformation, seed: jax.Array | int, *, with_ema: bool
-) -> TrainState:
-    """Draws the state of step 0 from a seed. Pure; run it under jit with the state's shardings."""
+def member_keys(seed: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """Returns (key of the initial values, key of the run) of a seed."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
-    params = definition.initial_params(init_key)
+    return init_key, run_key
+
+
+def fresh_state(
+    definition: Definition, optimizer: optax.GradientTransformation, params: Tree, run_key: jax.Array, *, with_ema: bool
+) -> TrainState:
+    """Returns the state of step 0 around initial parameters. Pure."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -56,6 +60,14 @@ def initial_state(
         key=jax.random.key_data(run_key),
         skipped=jnp.zeros((), jnp.int32),
     )
+
+
+def initial_state(
+    definition: Definition, optimizer: optax.GradientTransformation, seed: jax.Array | int, *, with_ema: bool
+) -> TrainState:
+    """Draws the state of step 0 from a seed. Pure; `Session.create` makes the same numbers leaf by leaf where they belong."""
+    init_key, run_key = member_keys(seed)
+    return fresh_state(definition, optimizer, definition.initial_params(init_key), run_key, with_ema=with_ema)
 
 
 def dims_of(definition: Definition, state: TrainState) -> TrainState:

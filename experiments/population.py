@@ -1,0 +1,24 @@
+"""A population of small models: seeds with learning rates, trained at once on one device."""
+
+import dataclasses
+
+from experiments.quickstart import quickstart
+from sparse_lm.layers.feed_forward import DenseFeedForward
+from sparse_lm.recipe import Recipe
+from sparse_lm.train.population import Population
+
+
+def population_small() -> Recipe:
+    """Eight dense models of 6 M parameters: four seeds at two learning rates, on the quickstart's data in the same order.
+
+    Command: python scripts/pretrain.py population_small
+    """
+    base = quickstart()
+    model = dataclasses.replace(
+        base.model, d_model=256, layers=6, pattern=(DenseFeedForward(hidden=704),), compute_dtype="bfloat16"
+    )
+    population = Population(seeds=(0, 1, 2, 3), learning_rate_multipliers=(0.5, 1.0))
+    return dataclasses.replace(base, name="population_small", model=model, population=population)
+
+
+RECIPES = (population_small,)
