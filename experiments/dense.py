@@ -28,13 +28,13 @@ def dense_400m() -> Recipe:
             sources=(Packaged(), Installed(weight=4.0)),
             tokenizer=BPE(vocab_size=32768),
             sequence_length=2048,
-            batch_size=16,
+            batch_size=32,
         ),
         model=Model(
             vocab_size=32768,
             d_model=1024,
             layers=24,
-            attention=Attention(heads=16, head_dim=64, qk_norm=False, max_documents=32),
+            attention=Attention(heads=16, head_dim=64, qk_norm=False, max_documents=16),
             pattern=(DenseFeedForward(hidden=2816),),
             compute_dtype="bfloat16",
         ),
@@ -59,7 +59,8 @@ def dense_1b() -> Recipe:
         pattern=(DenseFeedForward(hidden=5632),),
     )
     optimizer = AdamW(learning_rate=3e-4, weight_decay=0.1, schedule=Cosine(warmup_steps=200))
-    return dataclasses.replace(base, name="dense_1b", model=model, optimizer=optimizer)
+    data = dataclasses.replace(base.data, batch_size=8)
+    return dataclasses.replace(base, name="dense_1b", data=data, model=model, optimizer=optimizer)
 
 
 RECIPES = (dense_400m, dense_1b)
