@@ -89,12 +89,8 @@ def sample_prompts(dataset: Dataset, count: int = SAMPLES, words: int = PROMPT_W
 
 def opening(text: str, words: int) -> str:
     """Returns the first words of a text as they stand, white space between them kept; empty for a shorter text."""
-    start, end = len(text) - len(text.lstrip()), 0
     pieces = text.split(maxsplit=words)
-    if len(pieces) <= words:
-        return ""
-    end = len(text) - len(pieces[words])
-    return text[start:end].rstrip()
+    return text[: len(text) - len(pieces[words])].rstrip() if len(pieces) > words else ""
 
 
 def draw_samples(loaded: Loaded, prompts: Sequence[tuple[str, str]], *, seed: int = 0) -> list[dict[str, str]]:
