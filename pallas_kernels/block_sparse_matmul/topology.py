@@ -106,10 +106,19 @@ def check_geometry(features_in: int, features_out: int, block_in: int, block_out
             raise ValueError(f"{name}={features}: expected a positive multiple of the block size {block}.")
 
 
-def _schedule(start):
-    counts = start[1:] - start[:-1]
-    order = jnp.argsort(-counts, stable=True).astype(jnp.int32)
-    return jnp.stack([order, start[:-1][order], start[1:][order]])
+# The builders below run on NumPy arrays (from masks: immediate, nothing to compile) and on JAX arrays (inside jit);
+# `xp` is the module that goes with the arrays.
+
+
+def _schedule(xp, start):
+    first, last = start[:-1], start[1:]
+    order = xp.lexsort((first - last,))
+    return xp.stack([order, first[order], last[order]]).astype(xp.int32)
+
+
+def _place(xp, order, values):
+    """`out[order] = values` for a permutation, without an indexed update."""
+    return values[xp.lexsort((order,))]
 
 
 def _band(density: float, columns: int) -> int:
@@ -124,7 +133,7 @@ def pair_bound(blocks: int, columns: int) -> int:
     return min(blocks, (blocks + columns + 1) // 2)
 
 
-def _pairs(row, column, column_start, rows: int, columns: int):
+def _pairs(xp, row, column, column_start, rows: int, columns: int):
     """The order of work of the weight gradient: pairs of blocks that share a column, or else a row, or single blocks.
 
     Pairs are visited by bands of columns, so that those in flight at the same time touch few columns of both x and
@@ -132,35 +141,28 @@ def _pairs(row, column, column_start, rows: int, columns: int):
     """
     blocks = row.shape[0]
     if blocks == 0:
-        return jnp.zeros((PAIR_FIELDS, 0), jnp.int32)
-    slot = jnp.arange(blocks, dtype=jnp.int32)
-    rank, count = slot - column_start[column], jnp.diff(column_start)[column]
+        return xp.zeros((PAIR_FIELDS, 0), xp.int32)
+    slot = xp.arange(blocks, dtype=xp.int32)
+    count = (column_start[1:] - column_start[:-1])[column]
+    rank = slot - column_start[column]
     single = (rank == count - 1) & (count % 2 == 1)
     # Blocks left over in their column, by row: neighbours in one row become pairs too.
-    by_row = jnp.lexsort((slot, jnp.where(single, row, rows))).astype(jnp.int32)
-    sorted_row = jnp.where(single, row, rows)[by_row]
-    rank_in_row = slot - jnp.searchsorted(sorted_row, sorted_row).astype(jnp.int32)
-    follower = jnp.concatenate([by_row[1:], jnp.full((1,), blocks, jnp.int32)])
-    has_follower = jnp.concatenate([sorted_row[1:] == sorted_row[:-1], jnp.zeros((1,), bool)])
-    leads_row = jnp.zeros((blocks,), bool).at[by_row].set(rank_in_row % 2 == 0)
-    row_partner = jnp.zeros((blocks,), jnp.int32).at[by_row].set(jnp.where(has_follower, follower, blocks))
-    leads = jnp.where(single, leads_row, rank % 2 == 0)
-    partner = jnp.where(single, row_partner, slot + 1)
+    left_row = xp.where(single, row, rows)
+    by_row = xp.lexsort((slot, left_row))
+    sorted_row = left_row[by_row]
+    rank_in_row = slot - xp.searchsorted(sorted_row, sorted_row)
+    follows = xp.concatenate([sorted_row[1:] == sorted_row[:-1], xp.zeros((1,), bool)])
+    follower = xp.where(follows, xp.concatenate([by_row[1:], by_row[:1]]), blocks)
+    leads = xp.where(single, _place(xp, by_row, rank_in_row % 2 == 0), rank % 2 == 0)
+    partner = xp.where(single, _place(xp, by_row, follower), slot + 1)
 
     band = _band(blocks / (rows * columns), columns)
-    visit = jnp.lexsort((column, row, column // band, ~leads))[: pair_bound(blocks, columns)]
+    visit = xp.lexsort((column, row, column // band, ~leads))[: pair_bound(blocks, columns)]
     present, second = leads[visit], partner[visit]
-    other = jnp.where(second < blocks, second, visit)
-    return jnp.stack(
-        [
-            row[visit],
-            column[visit],
-            jnp.where(present, visit, blocks).astype(jnp.int32),
-            row[other],
-            column[other],
-            jnp.where(present, second, blocks).astype(jnp.int32),
-        ]
-    )
+    other = xp.where(second < blocks, second, visit)
+    first_slot, second_slot = xp.where(present, visit, blocks), xp.where(present, second, blocks)
+    fields = [row[visit], column[visit], first_slot, row[other], column[other], second_slot]
+    return xp.stack(fields).astype(xp.int32)
 
 
 def topology_from_indices(
@@ -184,7 +186,8 @@ def topology_from_indices(
         ValueError: shapes differ, dtypes are not integers, or the blocks do not tile the matrix.
     """
     check_geometry(features_in, features_out, block_in, block_out)
-    row_index, block_column = jnp.asarray(row_index), jnp.asarray(block_column)
+    xp = np if isinstance(row_index, np.ndarray) and isinstance(block_column, np.ndarray) else jnp
+    row_index, block_column = xp.asarray(row_index), xp.asarray(block_column)
     if row_index.shape != block_column.shape or row_index.ndim < 1:
         raise ValueError(
             f"row_index has shape {row_index.shape} and block_column {block_column.shape}: "
@@ -201,31 +204,36 @@ def topology_from_indices(
             block_in=block_in,
             block_out=block_out,
         )
-        return jax.vmap(build)(row_index, block_column)
+        if xp is jnp:
+            return jax.vmap(build)(row_index, block_column)
+        members = [build(r, c) for r, c in zip(row_index, block_column, strict=True)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
     rows, columns = features_in // block_in, features_out // block_out
-    row_index, block_column = row_index.astype(jnp.int32), block_column.astype(jnp.int32)
-    order = jnp.lexsort((row_index, block_column)).astype(jnp.int32)
+    row_index, block_column = row_index.astype(xp.int32), block_column.astype(xp.int32)
+    order = xp.lexsort((row_index, block_column)).astype(xp.int32)
     row, column = row_index[order], block_column[order]
-    column_start = jnp.searchsorted(column, jnp.arange(columns + 1, dtype=jnp.int32)).astype(jnp.int32)
-    row_order = jnp.lexsort((column, row)).astype(jnp.int32)
-    row_start = jnp.searchsorted(row[row_order], jnp.arange(rows + 1, dtype=jnp.int32)).astype(jnp.int32)
-
-    pairs = _pairs(row, column, column_start, rows, columns)
-    return BlockTopology(
-        row_index=row,
-        column_start=column_start,
-        column_index=column[row_order],
-        row_order=row_order,
-        row_start=row_start,
-        column_schedule=_schedule(column_start),
-        row_schedule=_schedule(row_start),
-        pairs=pairs,
+    column_start = xp.searchsorted(column, xp.arange(columns + 1)).astype(xp.int32)
+    row_order = xp.lexsort((column, row)).astype(xp.int32)
+    row_start = xp.searchsorted(row[row_order], xp.arange(rows + 1)).astype(xp.int32)
+    arrays = {
+        "row_index": row,
+        "column_start": column_start,
+        "column_index": column[row_order],
+        "row_order": row_order,
+        "row_start": row_start,
+        "column_schedule": _schedule(xp, column_start),
+        "row_schedule": _schedule(xp, row_start),
+        "pairs": _pairs(xp, row, column, column_start, rows, columns),
+    }
+    topology = BlockTopology(
+        **{name: jnp.asarray(array) for name, array in arrays.items()},
         features_in=features_in,
         features_out=features_out,
         block_in=block_in,
         block_out=block_out,
-    ), order
+    )
+    return topology, jnp.asarray(order)
 
 
 def topology_from_mask(mask: np.ndarray | jax.Array, block_in: int, block_out: int) -> BlockTopology:

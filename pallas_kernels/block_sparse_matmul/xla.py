@@ -1,8 +1,8 @@
 """Block-sparse products in plain XLA whose cost falls with density: the CPU path and the fallback everywhere.
 
 Activations are turned feature-major once, so that the features of a block are contiguous. A loop over output block
-columns then gathers the blocks of a column in groups of up to ``GROUP`` and multiplies each group by one dot;
-the number of groups is read from the topology, so absent blocks cost nothing and any pattern is served.
+columns then adds up one dot for each stored block; its bounds are read from the topology, so absent blocks cost nothing
+and any pattern is served. (One dot for a group of blocks is hardly faster and takes several times longer to compile.)
 
 Legend: E experts, M rows, K/N features, J stored blocks, R/C block rows and columns, k/n features inside a block.
 """
@@ -18,8 +18,6 @@ from jax import lax
 from pallas_kernels.block_sparse_matmul.reference import block_columns_of
 from pallas_kernels.block_sparse_matmul.topology import BlockTopology
 
-GROUP = 4  # blocks per dot
-
 
 def _accumulator(dtype):
     return jnp.promote_types(dtype, jnp.float32)
@@ -28,37 +26,19 @@ def _accumulator(dtype):
 def _column_products(x_RkM, values_Jkn, start_C1, inner_J, slot_J, *, transposed, precision):
     """For every output block column, the sum of its blocks' products, feature-major: [C, n, M]."""
     accumulator = _accumulator(x_RkM.dtype)
-    out_features = values_Jkn.shape[1 if transposed else 2]
     contraction = ((1 if transposed else 0,), (0,)), ((), ())
-    m = x_RkM.shape[2]
-
-    def group(position, size):
-        taken = [inner_J[position + i] for i in range(size)]
-        x = jnp.concatenate([lax.dynamic_index_in_dim(x_RkM, r, 0, keepdims=False) for r in taken], axis=0)
-        if slot_J is None:
-            w = lax.dynamic_slice_in_dim(values_Jkn, position, size, 0)
-        else:
-            w = jnp.stack([values_Jkn[slot_J[position + i]] for i in range(size)])
-        if transposed:
-            w = w.transpose(1, 0, 2).reshape(out_features, -1)
-        else:
-            w = w.reshape(-1, out_features)
-        return lax.dot_general(w, x, contraction, precision=precision, preferred_element_type=accumulator)
-
-    sizes = range(1, min(GROUP, values_Jkn.shape[0]) + 1)
-    branches = [lambda _: jnp.zeros((out_features, m), accumulator)]
-    branches += [functools.partial(group, size=size) for size in sizes]
+    zeros = jnp.zeros((values_Jkn.shape[1 if transposed else 2], x_RkM.shape[2]), accumulator)
+    # Zeros that vary over the mesh axes of the operands inside shard_map, as the sums do.
+    like = x_RkM[0, 0, 0] + values_Jkn[0, 0, 0] + (start_C1[0] + inner_J[0]).astype(x_RkM.dtype)
+    zeros = jnp.where(jnp.ones((), bool), zeros, like.astype(accumulator))
 
     def column(bounds):
-        first, last = bounds
-        count = last - first
-        head = jnp.where(count % GROUP == 0, jnp.minimum(count, GROUP), count % GROUP)
-        acc = lax.switch(head, branches, first)
-        if GROUP <= values_Jkn.shape[0]:
-            acc = lax.fori_loop(
-                0, (count - head) // GROUP, lambda t, acc: acc + group(first + head + t * GROUP, GROUP), acc
-            )
-        return acc.astype(x_RkM.dtype)
+        def add(position, acc):
+            x = lax.dynamic_index_in_dim(x_RkM, inner_J[position], 0, keepdims=False)
+            w = values_Jkn[position if slot_J is None else slot_J[position]]
+            return acc + lax.dot_general(w, x, contraction, precision=precision, preferred_element_type=accumulator)
+
+        return lax.fori_loop(*bounds, add, zeros).astype(x_RkM.dtype)
 
     return lax.map(column, (start_C1[:-1], start_C1[1:]))
 
