@@ -60,7 +60,7 @@ def test_no_output_depends_on_a_later_token(name: str) -> None:
     np.testing.assert_array_equal(depends_LL, (distance >= 0) & (distance < reach))
 
 
-@pytest.mark.parametrize("name", ["dense", "moe, all heads"])
+@pytest.mark.parametrize("name", ["dense", pytest.param("moe, all heads", marks=pytest.mark.slow)])
 def test_packed_documents_are_separate_documents(name: str) -> None:
     definition, params, state = tiny.materialized(VARIANTS[name])
     packed = tiny.batch((7, 5), (4, 4, 4), length=12)
@@ -135,7 +135,7 @@ def test_scanned_is_unrolled(moe_objective) -> None:
     tiny.assert_close(scanned_grads, grads)
 
 
-@pytest.mark.parametrize("changes", [{"remat": "names"}, {"remat": "block"}])
+@pytest.mark.parametrize("changes", [{"remat": "names"}, pytest.param({"remat": "block"}, marks=pytest.mark.slow)])
 def test_rematerialisation_changes_no_gradient(changes, moe_objective) -> None:
     params, (value, grads, _) = moe_objective
     again_value, again_grads, _ = objective(mixed(**changes))(params, BATCH)

@@ -21,7 +21,6 @@ from sparse_lm.routing.router import RouterInputs
 from sparse_lm.routing.top_k import TopKRouter
 
 D = 6
-jit = functools.partial(jax.jit, compiler_options=tiny.FAST_COMPILE)
 SHAPES = [(1, 5, 3, 2), (2, 4, 4, 1), (3, 7, 5, 5)]
 """(groups, tokens of a group, experts, experts of a token)"""
 
@@ -47,7 +46,7 @@ def compiled(shape: tuple[int, int, int, int], reference: bool, scores: str):
             out_TD = dispatch_local(x_TD, routing.plan, experts_of(w_EDD))
         return jnp.sum(out_TD * cotangent_TD), (out_TD, routing.plan)
 
-    return jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
+    return tiny.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
 
 
 def draw(shape: tuple[int, int, int, int], seed: int, kind: str):
@@ -127,7 +126,7 @@ def test_plans_with_any_number_of_experts_per_token_execute_too() -> None:
         return jnp.sum(dispatch(x_TD, mask, experts_of(w_EDD)) * cotangent_TD)
 
     results = [
-        jit(jax.value_and_grad(functools.partial(total, dispatch), argnums=(0, 1, 2)))(x_TD, w_EDD, weight_GA)
+        tiny.jit(jax.value_and_grad(functools.partial(total, dispatch), argnums=(0, 1, 2)))(x_TD, w_EDD, weight_GA)
         for dispatch in (dispatch_local, dispatch_reference)
     ]
     for a, b in zip(*map(jax.tree.leaves, results)):
@@ -157,8 +156,8 @@ def test_the_layer_is_router_plus_masked_experts_plus_shared_expert(activation) 
         routed_TD = dispatch_reference(x_BLD.reshape(-1, 16), dense_mask(plan), layer.experts)
         return routed_TD.reshape(x_BLD.shape) + layer.shared(x_BLD, info)[0], counts(plan)
 
-    y_BLD, aux = jit(fast)(values, x_BLD, info)
-    expected_BLD, load_E = jit(slow)(values, x_BLD, info)
+    y_BLD, aux = tiny.jit(fast)(values, x_BLD, info)
+    expected_BLD, load_E = tiny.jit(slow)(values, x_BLD, info)
     np.testing.assert_allclose(y_BLD, expected_BLD, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(aux.metrics["load"][0], load_E)
     assert float(aux.metrics["balance_loss"][1]) == 2  # two groups of two sequences
