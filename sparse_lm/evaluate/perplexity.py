@@ -74,7 +74,7 @@ def domain_row(losses: DocumentLosses, *, seed: int = 0) -> dict[str, Any]:
     nats_d = losses.nats if losses.nats.ndim == 1 else losses.nats.mean(0)
     mean = losses._replace(nats=nats_d)
     loss = float(mean.loss())
-    row = {
+    row: dict[str, Any] = {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": float(mean.bits_per_byte()),
