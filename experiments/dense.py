@@ -34,7 +34,7 @@ def dense_400m() -> Recipe:
             vocab_size=32768,
             d_model=1024,
             layers=24,
-            attention=Attention(heads=16, head_dim=64, qk_norm=False, max_documents=16),
+            attention=Attention(heads=16, head_dim=64, qk_norm=False),
             pattern=(DenseFeedForward(hidden=2816),),
             compute_dtype="bfloat16",
         ),

@@ -5,7 +5,7 @@ Legend: B batch, Q queries, L keys, H query heads, J key heads, N head dim, D mo
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ class AttentionSpec:
     query_segments_BQ: jax.Array | None = None
     query_offset: jax.Array | int = 0
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
-    max_documents: int = dataclasses.field(default=32, metadata={"static": True})
+    max_documents: int = dataclasses.field(default=8, metadata={"static": True})
 
 
 def visible(spec: AttentionSpec, query_index_Q: jax.Array, query_segments_BQ: jax.Array | None, keys: int) -> jax.Array:
@@ -134,8 +134,10 @@ class Attention(Config):
     """Base of the rotary frequencies."""
     window: int | None = None
     """A token sees itself and the window - 1 tokens before it; None: all of its document before it."""
-    max_documents: int = 32
-    """Most documents in one row; the packed GPU path is built for this number, and rows with more are refused by the data loop."""
+    max_documents: int = 8
+    """Documents in one row that the packed GPU path is built for at first; a batch with more gets a program for four times as many."""
+    backend: Literal["auto", "plain"] = "auto"
+    """auto: the fastest path of the platform; plain: the path in plain JAX, which populations use because cuDNN's packed call has no vmap."""
     projection: Projection = component("projection", DenseProjection())
     """What stores the matrices."""
 
@@ -210,6 +212,7 @@ class AttentionLayer(nnx.Module):
             v_BLJN = jax.lax.dynamic_update_slice_in_dim(cache.v_BLJN, v_BLJN.astype(cache.v_BLJN.dtype), offset, 1)
             cache = Cache(k_BLJN, v_BLJN, offset + length)
             spec = AttentionSpec(query_offset=offset, window=config.window)
-        out_BLHN = attend(q_BLHN, k_BLJN, v_BLJN, spec, self.scale)
+        path = attend if config.backend == "auto" else attend_plain
+        out_BLHN = path(q_BLHN, k_BLJN, v_BLJN, spec, self.scale)
         out_BLHN = checkpoint_name(out_BLHN, "attention")
         return self.out(out_BLHN.reshape(batch, length, -1)), cache

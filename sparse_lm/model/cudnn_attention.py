@@ -30,7 +30,7 @@ def document_offsets(segments_BL: jax.Array, most: int) -> tuple[jax.Array, jax.
 
     Args:
       segments_BL: int32, 1.. in order of appearance; 0 marks padding at the end of the row.
-      most: M; documents past it are left out (their tokens attend to nothing), which the data loop refuses beforehand.
+      most: M; documents past it would be left out, so callers choose it with `documents_bucket`.
     """
     numbers_M = jnp.arange(1, most + 1)
     lengths_BM = jnp.sum(segments_BL[:, None, :] == numbers_M[None, :, None], axis=-1, dtype=jnp.int32)
@@ -39,6 +39,18 @@ def document_offsets(segments_BL: jax.Array, most: int) -> tuple[jax.Array, jax.
     absent_B1 = jnp.full((segments_BL.shape[0], 1), -1, jnp.int32)
     starts = jnp.concatenate([jnp.where(present_BM, starts_BM, -1), absent_B1], axis=-1)
     return jnp.where(present_BM, lengths_BM, -1), starts
+
+
+def documents_bucket(most: int, found: int) -> int:
+    """Returns the M that a batch with `found` documents in a row needs: `most`, or four times it as often as needed.
+
+    Time grows with M, so programs are built for few sizes; where no GPU is, any M serves and `most` is returned.
+    """
+    if jax.default_backend() != "gpu":
+        return most
+    while most < found:
+        most *= 4
+    return most
 
 
 def attend_cudnn(q_BLHN: jax.Array, k_BLJN: jax.Array, v_BLJN: jax.Array, spec: Any, scale: float) -> jax.Array:

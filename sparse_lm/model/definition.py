@@ -14,6 +14,7 @@ from flax import nnx
 from sparse_lm.layers.feed_forward import Aux, TokenInfo
 from sparse_lm.layers.parameter import RUN_KEY, map_leaves, materialize
 from sparse_lm.model import loss
+from sparse_lm.model.cudnn_attention import documents_bucket
 from sparse_lm.model.transformer import Cache, Model, Transformer
 from sparse_lm.routing.router import ModelState
 from sparse_lm.train.parametrization import initial_scales
@@ -130,6 +131,15 @@ class Definition:
     def group_sequences(self) -> int:
         """Sequences in one routing group; the same in every routed layer."""
         return self.config.group_sequences()
+
+
+def for_documents(definition: Definition, found: int) -> Definition:
+    """Returns the same model built for batches with `found` documents in a row (see `documents_bucket`)."""
+    attention = definition.config.attention
+    most = documents_bucket(attention.max_documents, found)
+    if most == attention.max_documents:
+        return definition
+    return define(dataclasses.replace(definition.config, attention=dataclasses.replace(attention, max_documents=most)))
 
 
 def token_info(batch: Batch, key: jax.Array | None = None) -> TokenInfo:

@@ -20,6 +20,7 @@ from sparse_lm.recipe import Recipe
 from sparse_lm.train import machine
 from sparse_lm.train.loop import train
 from sparse_lm.train.metrics import read_rows
+from sparse_lm.train.schedule import Constant
 from sparse_lm.train.session import open_session
 
 
@@ -52,7 +53,7 @@ def time_calls(function: Callable[[], Any], *, warmup: int = 2, repeats: int = 1
     return (time.perf_counter() - start) / repeats
 
 
-def time_step(recipe: Recipe, *, repeats: int = 10, mean_document: int = 700) -> dict[str, Any]:
+def time_step(recipe: Recipe, *, repeats: int = 10, mean_document: int = 2000) -> dict[str, Any]:
     """Compiles and times the bare training step of a recipe, populations included.
 
     Returns:
@@ -60,10 +61,11 @@ def time_step(recipe: Recipe, *, repeats: int = 10, mean_document: int = 700) ->
     """
     session = open_session(recipe)
     state = session.create()
-    compiled, compile_s = session.compile_step()
     length = recipe.data.sequence_length
     vocabulary, rows = recipe.model.vocab_size, recipe.data.batch_size
-    batch = session.put(packed_batch(rows, length, vocabulary, mean_document=mean_document, seed=0))
+    fixed = packed_batch(rows, length, vocabulary, mean_document=mean_document, seed=0)
+    compiled, compile_s = session.compile_step(int(fixed["segments_BL"].max()))
+    batch = session.put(fixed)
     holder = [state]
     del state
 
@@ -102,6 +104,7 @@ def time_loop(recipe: Recipe, *, steps: int, save_every: int = 0) -> dict[str, A
         recipe = dataclasses.replace(
             recipe,
             train=dataclasses.replace(recipe.train, steps=steps),
+            optimizer=dataclasses.replace(recipe.optimizer, schedule=Constant()),
             validation=dataclasses.replace(recipe.validation, every=0, tokens_per_domain=4096),
             checkpoint=dataclasses.replace(recipe.checkpoint, every=save_every),
             log=dataclasses.replace(recipe.log, display="off", tensorboard=True),

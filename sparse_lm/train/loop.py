@@ -19,6 +19,7 @@ from sparse_lm.accounting import account
 from sparse_lm.config import ConfigError, to_dict, validate
 from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.pipeline import prepare, train_stream
+from sparse_lm.model.cudnn_attention import documents_bucket
 from sparse_lm.recipe import SCHEMA, Recipe, differences, load_recipe, save_recipe
 from sparse_lm.routing.diagnostics import router_row
 from sparse_lm.train import machine
@@ -45,22 +46,21 @@ class TrainingDiverged(RuntimeError):
 class Prefetch:
     """Takes batches from a stream in a thread and places them on the devices, two ahead; states stay with their batches."""
 
-    def __init__(self, stream: Iterator[tuple[Any, dict[str, Any]]], put: Callable[[Any], Any], check: Callable[[Any], None]):
+    def __init__(self, stream: Iterator[tuple[Any, dict[str, Any]]], put: Callable[[Any], Any]):
         self._queue: queue.Queue = queue.Queue(2)
         self._stop = threading.Event()
-        self._stream, self._put, self._check = stream, put, check
+        self._stream, self._put = stream, put
         self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
         self._thread.start()
 
     def _fill(self) -> None:
         try:
             for batch, state in self._stream:
-                self._check(batch)
-                self._offer((self._put(batch), state, None))
+                self._offer((self._put(batch), int(batch["segments_BL"].max()), state, None))
                 if self._stop.is_set():
                     return
         except Exception as error:  # handed to the loop, which raises it
-            self._offer((None, None, error))
+            self._offer((None, 0, None, error))
 
     def _offer(self, item: Any) -> None:
         while not self._stop.is_set():
@@ -69,12 +69,12 @@ class Prefetch:
             except queue.Full:
                 continue
 
-    def next(self) -> tuple[Any, dict[str, Any]]:
-        """Returns (batch on the devices, the data state after it)."""
-        batch, state, error = self._queue.get()
+    def next(self) -> tuple[Any, int, dict[str, Any]]:
+        """Returns (batch on the devices, most documents in one of its rows, the data state after it)."""
+        batch, documents, state, error = self._queue.get()
         if error is not None:
             raise error
-        return batch, state
+        return batch, documents, state
 
     def close(self) -> None:
         """Ends the thread."""
@@ -195,7 +195,7 @@ class Run:
     def steps(self, state: TrainState, data_state: dict[str, Any] | None, first: int) -> bool:
         """Runs from step `first` to the end; returns whether the end was reached."""
         recipe, session = self.recipe, self.session
-        compiled, compile_s = session.compile_step()
+        programs, compile_s = self._programs()
         meter = self._meter(first, data_state)
         self.progress.start(first, self._note(compile_s, first))
         stream = train_stream(
@@ -206,14 +206,14 @@ class Run:
             hosts=jax.process_count(),
             state=data_state,
         )
-        prefetch = Prefetch(stream, session.put, self._check_documents)
+        prefetch = Prefetch(stream, session.put)
         total, pending = recipe.train.steps, None
         try:
             for step in range(first, total):
                 self._profile(step)
                 with meter.waiting():
-                    batch, data_state = prefetch.next()
-                state, metrics = compiled(state, batch)
+                    batch, documents, data_state = prefetch.next()
+                state, metrics = programs(documents)(state, batch)
                 if pending is not None:
                     self._report(pending, meter)
                 pending, done = (step + 1, metrics), step + 1
@@ -275,11 +275,22 @@ class Run:
             ]
         )
 
-    def _check_documents(self, batch: dict[str, np.ndarray]) -> None:
-        most = self.recipe.model.attention.max_documents
-        found = int(batch["segments_BL"].max())
-        if found > most:
-            raise ConfigError("model.attention.max_documents", most, f"at least {found}, the documents of a row in this data")
+    def _programs(self) -> tuple[Callable[[int], Any], float]:
+        """Returns (the compiled step for a batch's most documents in a row, seconds of the first compile)."""
+        first = self.recipe.model.attention.max_documents
+        compiled, seconds = self.session.compile_step(first)
+        programs = {first: compiled}
+
+        def program(documents: int) -> Any:
+            most = documents_bucket(first, documents)
+            if most not in programs:
+                if jax.process_count() > 1:
+                    raise ConfigError("model.attention.max_documents", first, f"at least {documents} on several hosts")
+                programs[most], seconds = self.session.compile_step(most)
+                self.progress.event(f"compiled a step for up to {most} documents in a row in {seconds:.1f} s")
+            return programs[most]
+
+        return program, seconds
 
     def _profile(self, step: int) -> None:
         log = self.recipe.log

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import map_leaves
-from sparse_lm.model.definition import Definition, define
+from sparse_lm.model.definition import Definition, define, for_documents
 from sparse_lm.parallel import rules
 from sparse_lm.recipe import Recipe
 from sparse_lm.train.checkpoint import read_checkpoint
@@ -62,12 +62,14 @@ class Session:
         sharding = rules.batch_sharding(self.mesh)
         return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in MODEL_ARRAYS}
 
-    def compile_step(self) -> tuple[Any, float]:
-        """Compiles the step ahead of time; returns (step(state, batch) -> (state, metrics), seconds)."""
-        recipe = self.recipe
-        step = over_members(
-            build_step(self.definition, recipe.optimizer, recipe.train), recipe.population, (0, None, 0)
-        )
+    def compile_step(self, documents: int = 1) -> tuple[Any, float]:
+        """Compiles the step ahead of time for batches with up to `documents` documents in a row.
+
+        Returns:
+          (step(state, batch) -> (state, metrics), seconds).
+        """
+        recipe, definition = self.recipe, for_documents(self.definition, documents)
+        step = over_members(build_step(definition, recipe.optimizer, recipe.train), recipe.population, (0, None, 0))
         shape = (recipe.data.batch_size, recipe.data.sequence_length)
         batch = {
             name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rules.batch_sharding(self.mesh))
@@ -111,7 +113,10 @@ def open_session(recipe: Recipe, devices: list[jax.Device] | None = None) -> Ses
     """
     mesh = recipe.mesh.build(devices)
     check_division(recipe, mesh)
-    definition = define(recipe.model)
+    attention = recipe.model.attention
+    if recipe.population.active:
+        attention = dataclasses.replace(attention, backend="plain")
+    definition = define(dataclasses.replace(recipe.model, attention=attention))
     optimizer, population = recipe.optimizer, recipe.population
     try:
         scales = learning_rate_scales(recipe.model.parametrization, optimizer, definition.dims, definition.shapes)

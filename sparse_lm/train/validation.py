@@ -4,18 +4,19 @@ Legend: B batch, L length, P members of a population.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sparse_lm.config import Config
 from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.pipeline import DataConfig, validation_batches
-from sparse_lm.model.definition import Batch, Definition
+from sparse_lm.model.cudnn_attention import documents_bucket
+from sparse_lm.model.definition import Batch, Definition, for_documents
 from sparse_lm.train.population import Population, over_members
 
 MODEL_ARRAYS = ("tokens_BL", "targets_BL", "positions_BL", "segments_BL")
@@ -67,10 +68,22 @@ class DocumentLosses(NamedTuple):
 def build_eval_step(definition: Definition, population: Population) -> EvalStep:
     """Builds the jitted step (params, model_state, batch) -> cross-entropy [B, L], or [P, B, L]; it changes no state."""
 
-    def losses(params: Any, model_state: Any, batch: Batch) -> jax.Array:
-        return definition.token_losses(params, model_state, batch)[0]
 
-    return jax.jit(over_members(losses, population, (0, 0, None)))
+    @functools.cache
+    def program(most_documents: int) -> EvalStep:
+        sized = for_documents(definition, most_documents)
+
+        def losses(params: Any, model_state: Any, batch: Batch) -> jax.Array:
+            return sized.token_losses(params, model_state, batch)[0]
+
+        return jax.jit(over_members(losses, population, (0, 0, None)))
+
+    def step(params: Any, model_state: Any, batch: Batch) -> jax.Array:
+        found = int(np.max(batch["segments_BL"]))
+        most = documents_bucket(definition.config.attention.max_documents, found)
+        return program(most)(params, model_state, batch)
+
+    return step
 
 
 def document_losses(
@@ -99,7 +112,7 @@ def document_losses(
     token_bytes_V = np.asarray(dataset.tokenizer.token_bytes_V)
     pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for batch in validation_batches(dataset, data, domain, batch_size=batch_size, max_tokens=max_tokens):
-        arrays = {name: jnp.asarray(batch[name]) for name in MODEL_ARRAYS}
+        arrays = {name: batch[name] for name in MODEL_ARRAYS}
         losses = np.asarray(eval_step(params, model_state, arrays), np.float64)
         valid_BL = batch["segments_BL"] > 0
         pieces.append((losses[..., valid_BL], batch["documents_BL"][valid_BL], token_bytes_V[batch["targets_BL"][valid_BL]]))
