@@ -140,16 +140,47 @@ def jax_version() -> tuple[int, int, int]:
     return tuple(int(re.match(r"\d+", part)[0]) for part in jax.__version__.split(".")[:3])
 
 
+def varying_axes(*arrays: Any) -> frozenset[str]:
+    """Mesh axes over which `arrays` vary: inside ``jax.shard_map(..., check_vma=True)``; empty elsewhere."""
+    axes: frozenset[str] = frozenset()
+    for leaf in jax.tree.leaves(arrays):
+        kind = jax.typeof(leaf)
+        manual = getattr(kind, "manual_axis_type", None)  # the name of it in JAX 0.11
+        axes |= manual.varying if manual is not None else getattr(kind, "vma", frozenset())
+    return axes
+
+
+def vary_together(*arrays: Any) -> Any:
+    """Casts pytrees so that they vary over the same mesh axes; the transpose of the cast adds gradients over them."""
+    axes = varying_axes(*arrays)
+
+    def vary(leaf):
+        missing = tuple(sorted(axes - varying_axes(leaf)))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(vary, arrays) if axes else arrays
+
+
 def choose(
-    operation: str, backends: Sequence[Backend], platform: str, shapes: Shapes, dtypes: Dtypes
+    operation: str,
+    backends: Sequence[Backend],
+    platform: str,
+    shapes: Shapes,
+    dtypes: Dtypes,
+    varying: bool = False,
 ) -> tuple[Backend, Choice]:
-    """Picks the first backend that supports the arguments on `platform` ("other" admits only universal backends)."""
+    """Picks the first backend that supports the arguments on `platform` ("other" admits only universal backends).
+
+    Kernels are passed over for arguments that are `varying`: Pallas does not type-check them inside shard_map.
+    """
     passed_over = []
     for backend in backends:
         if backend.platforms is not None and platform not in backend.platforms:
             reason = f"runs on {', '.join(backend.platforms)} only"
         elif not backend.by_default:
             reason = "only by name"
+        elif varying and backend.platforms is not None:
+            reason = "shard_map checks varying axes here; kernels need check_vma=False"
         else:
             reason = backend.supports(shapes, dtypes, None if platform == "other" else device_kind(platform))
         if reason is None:
@@ -196,11 +227,12 @@ def dispatch(
             raise ValueError(f"{operation}: backend={backend!r} cannot run here: {reason}.")
         return chosen.run(*arguments)
 
-    default, choice = choose(operation, backends, "other", shapes, dtypes)
+    varying = bool(varying_axes(*arguments))
+    default, choice = choose(operation, backends, "other", shapes, dtypes, varying)
     _choices[choice] = None
     branches: dict[str, Callable[..., Any]] = {}
     for platform in ACCELERATOR_PLATFORMS:
-        chosen, choice = choose(operation, backends, platform, shapes, dtypes)
+        chosen, choice = choose(operation, backends, platform, shapes, dtypes, varying)
         _choices[choice] = None
         if platform in _required.get() and chosen.name in ("xla", "reference"):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.passed_over)

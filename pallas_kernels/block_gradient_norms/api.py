@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.backend import Backend, dispatch
+from pallas_kernels.backend import Backend, dispatch, vary_together
 from pallas_kernels.block_gradient_norms import mosaic_gpu, mosaic_tpu, reference, xla
 from pallas_kernels.block_sparse_matmul.topology import check_geometry
+from pallas_kernels.block_sparse_matmul.xla import accumulating_dot
 
 
 @functools.cache
@@ -105,7 +106,7 @@ def block_gradient_norms(
     else:
         resolved = lax.Precision.HIGHEST if precision is None else lax.Precision(precision)
         operation = _operation(block_in, block_out, backend, resolved)
-        norms = operation(x.reshape(leading, tokens, -1), dy.reshape(leading, tokens, -1))
+        norms = operation(*vary_together(x.reshape(leading, tokens, -1), dy.reshape(leading, tokens, -1)))
     return norms if experts else norms[0]
 
 
@@ -140,9 +141,7 @@ def gradient_slab(
     x_MK, dy_MN = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     dy_MW = lax.dynamic_slice_in_dim(dy_MN, first_column * block_out, columns * block_out, 1)
     resolved = lax.Precision.HIGHEST if precision is None else lax.Precision(precision)
-    return lax.dot_general(
-        x_MK, dy_MW, (((0,), (0,)), ((), ())), precision=resolved, preferred_element_type=jnp.float32
-    )
+    return accumulating_dot(x_MK, dy_MW, ((0,), (0,)), resolved)
 
 
 def slab_square_norms(slab: jax.Array, *, block_in: int, block_out: int) -> jax.Array:

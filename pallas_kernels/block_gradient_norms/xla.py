@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.block_sparse_matmul.xla import accumulating_dot
+
 SLAB = 512  # columns of the gradient held at a time
 
 
@@ -32,7 +34,7 @@ def square_norms(
 
         def slab(first):
             dy = lax.dynamic_slice_in_dim(dy_MN, first * block_out, per_slab * block_out, 1)
-            gradient = jnp.dot(x_KM, dy, precision=precision, preferred_element_type=jnp.float32)
+            gradient = accumulating_dot(x_KM, dy, ((1,), (0,)), precision)
             return norms_of_slab(gradient, block_in, block_out)
 
         norms_SRc = lax.map(slab, jnp.arange(0, columns, per_slab))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.backend import Backend, dispatch
+from pallas_kernels.backend import Backend, dispatch, vary_together
 from pallas_kernels.block_sparse_matmul import mosaic_gpu, mosaic_tpu, reference, xla
 from pallas_kernels.block_sparse_matmul.topology import BlockTopology, check_topology
 
@@ -158,4 +158,5 @@ def block_sparse_matmul(
     if not topology.batch_shape:
         topology = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (experts, *a.shape)), topology)
     resolved = lax.Precision.HIGHEST if precision is None else lax.Precision(precision)
+    x_EMK, values_EJkn, topology = vary_together(x_EMK, values_EJkn, topology)
     return _jitted_matmul(x_EMK, values_EJkn, topology, backend, resolved).reshape(out_shape)

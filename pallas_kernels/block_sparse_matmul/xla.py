@@ -23,10 +23,24 @@ def _accumulator(dtype):
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def accumulating_dot(a, b, contraction, precision):
+    """Contracts one dimension of `a` with one of `b`; products of 16-bit operands are added up in float32."""
+    wide = _accumulator(a.dtype)
+
+    def dot(a, b):
+        dimensions = (contraction, ((), ()))
+        return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=wide)
+
+    if a.dtype == wide:
+        return dot(a, b)
+    # XLA's CPU backend has no 16-bit dot with a float32 result for some layouts; widening is what it does for others.
+    return lax.platform_dependent(a, b, cpu=lambda a, b: dot(a.astype(wide), b.astype(wide)), default=dot)
+
+
 def _column_products(x_RkM, values_Jkn, start_C1, inner_J, slot_J, *, transposed, precision):
     """For every output block column, the sum of its blocks' products, feature-major: [C, n, M]."""
     accumulator = _accumulator(x_RkM.dtype)
-    contraction = ((1 if transposed else 0,), (0,)), ((), ())
+    contraction = ((1 if transposed else 0,), (0,))
     zeros = jnp.zeros((values_Jkn.shape[1 if transposed else 2], x_RkM.shape[2]), accumulator)
     # Zeros that vary over the mesh axes of the operands inside shard_map, as the sums do.
     like = x_RkM[0, 0, 0] + values_Jkn[0, 0, 0] + (start_C1[0] + inner_J[0]).astype(x_RkM.dtype)
@@ -36,7 +50,7 @@ def _column_products(x_RkM, values_Jkn, start_C1, inner_J, slot_J, *, transposed
         def add(position, acc):
             x = lax.dynamic_index_in_dim(x_RkM, inner_J[position], 0, keepdims=False)
             w = values_Jkn[position if slot_J is None else slot_J[position]]
-            return acc + lax.dot_general(w, x, contraction, precision=precision, preferred_element_type=accumulator)
+            return acc + accumulating_dot(w, x, contraction, precision)
 
         return lax.fori_loop(*bounds, add, zeros).astype(x_RkM.dtype)
 
@@ -87,9 +101,7 @@ def sampled_product(x_EMK: jax.Array, dy_EMN: jax.Array, topology: BlockTopology
             row, column = coordinates
             x = lax.dynamic_index_in_dim(x_RkM, row, 0, keepdims=False)
             dy = lax.dynamic_index_in_dim(dy_CnM, column, 0, keepdims=False)
-            dot = lax.dot_general(
-                x, dy, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=_accumulator(x.dtype)
-            )
+            dot = accumulating_dot(x, dy, ((1,), (1,)), precision)
             return dot.astype(x.dtype)
 
         return lax.map(block, (topology.row_index, column))

@@ -26,8 +26,9 @@ def error(found, wanted):
 
 @pytest.mark.parametrize(("block_in", "block_out"), [(16, 16), (32, 64), (128, 128)])
 @pytest.mark.parametrize("backend", [None, "xla", "reference"])
-def test_norms_equal_those_of_the_dense_gradient(block_in, block_out, backend):
-    x, dy = problem(256, 384)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_norms_equal_those_of_the_dense_gradient(block_in, block_out, backend, dtype):
+    x, dy = problem(256, 384, dtype)
     found = block_gradient_norms(x, dy, block_in=block_in, block_out=block_out, backend=backend)
     assert found.dtype == jnp.float32
     assert error(found, dense_norms(x, dy, block_in, block_out)) <= 1e-6
