@@ -30,7 +30,7 @@ def error(actual, expected):
     return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
 
 
-@pytest.mark.parametrize("name", list(SIZES))
+@pytest.mark.parametrize("name", ["ragged", *(pytest.param(n, marks=pytest.mark.slow) for n in list(SIZES)[1:])])
 def test_products_equal_reference(interpreted, name):
     keys = jax.random.split(jax.random.key(0), 3)
     x, w = jax.random.normal(keys[0], (520, 128)), jax.random.normal(keys[1], (4, 128, 256))
@@ -49,7 +49,7 @@ def test_products_equal_reference(interpreted, name):
         assert error(actual, expected) <= 1e-6
 
 
-@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("save", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_swiglu_equals_reference(interpreted, save):
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (260, 128))

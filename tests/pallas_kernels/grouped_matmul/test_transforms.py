@@ -1,5 +1,7 @@
 """The grouped matmul under vmap, jit, remat, scan, shard_map and donation; what it refuses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import backend_report
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 
+SLOW = pytest.mark.slow
 OPTIONS = {"precision": "highest"}
 
 
@@ -26,6 +29,12 @@ def loss(x, w, sizes, backend=None, **index):
     return jnp.sum(jnp.sin(grouped_matmul(x, w, sizes, backend=backend, **index, **OPTIONS)))
 
 
+@functools.cache
+def by_loop(f):
+    """Value and gradients of one member by the reference."""
+    return jax.jit(jax.value_and_grad(functools.partial(f, backend="reference"), argnums=(0, 1)))
+
+
 @pytest.mark.parametrize(
     "axes", [(0, 0, 0), (0, None, 0), (None, 0, 0), (None, None, 0), (0, 0, None), (0, None, None)]
 )
@@ -33,18 +42,13 @@ def test_vmap_equals_loop(axes):
     args = problem()
     args = tuple(a if axis == 0 else a[0] for a, axis in zip(args, axes))
     actual = jax.jit(jax.vmap(jax.value_and_grad(loss, argnums=(0, 1)), axes))(*args)
-    members = [
-        jax.value_and_grad(loss, argnums=(0, 1))(
-            *(a[p] if axis == 0 else a for a, axis in zip(args, axes)), "reference"
-        )
-        for p in range(3)
-    ]
+    members = [by_loop(loss)(*(a[p] if axis == 0 else a for a, axis in zip(args, axes))) for p in range(3)]
     expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), actual, expected)
 
 
-@pytest.mark.parametrize("batched_index", [False, True])
-@pytest.mark.parametrize("batched_x", [False, True])
+@pytest.mark.parametrize("batched_index", [pytest.param(False, marks=SLOW), True])
+@pytest.mark.parametrize("batched_x", [False, pytest.param(True, marks=SLOW)])
 def test_vmap_with_gather_and_scatter(batched_index, batched_x):
     x, w, sizes = problem()
     rng = np.random.default_rng(0)
@@ -59,15 +63,13 @@ def test_vmap_with_gather_and_scatter(batched_index, batched_x):
 
     axes = (0 if batched_x else None, 0, 0) + ((0,) * 2 if batched_index else (None,) * 2)
     args = (x, w, sizes, token, target)
-    actual = jax.vmap(jax.value_and_grad(f, argnums=(0, 1)), axes)(*args)
-    members = [
-        jax.value_and_grad(f, argnums=(0, 1))(*(a[p] if axis == 0 else a for a, axis in zip(args, axes)), "reference")
-        for p in range(3)
-    ]
+    actual = jax.jit(jax.vmap(jax.value_and_grad(f, argnums=(0, 1)), axes))(*args)
+    members = [by_loop(f)(*(a[p] if axis == 0 else a for a, axis in zip(args, axes))) for p in range(3)]
     expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), actual, expected)
 
 
+@pytest.mark.slow
 def test_vmap_of_swiglu_with_one_shared_weight():
     x, gate, sizes = problem()
     up = gate[0] + 1
@@ -93,7 +95,9 @@ def test_remat_and_scan_change_nothing():
     def plain(h, w):
         return grouped_matmul(h, w, sizes, **OPTIONS)
 
-    assert np.array_equal(jax.grad(stack)(w, plain), jax.grad(stack)(w, jax.checkpoint(plain)))
+    assert np.array_equal(
+        *(jax.jit(jax.grad(functools.partial(stack, step=f)))(w) for f in (plain, jax.checkpoint(plain)))
+    )
 
 
 def test_same_bits_twice_and_under_donation():
@@ -115,8 +119,8 @@ def test_shard_map():
         out_specs=P(),
         check_vma=False,
     )
-    grads = jax.grad(lambda x, w: jnp.sum(jnp.sin(f(x, w, sizes))), argnums=(0, 1))(x, w)
-    expected = jax.grad(loss, argnums=(0, 1))(x, w, sizes)
+    grads = jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(f(x, w, sizes))), argnums=(0, 1)))(x, w)
+    expected = by_loop(loss)(x, w, sizes)[1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), grads, expected)
 
 

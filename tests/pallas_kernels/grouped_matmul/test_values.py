@@ -11,6 +11,7 @@ from hypothesis import given, settings
 
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 
+SLOW = pytest.mark.slow
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2.5e-3, "float16": 1e-3}
 XLA = {"backend": "xla", "precision": "highest"}
 
@@ -62,7 +63,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=SLOW)])
 @pytest.mark.parametrize("name", list(SIZES))
 def test_xla_equals_reference(name, dtype):
     x, w, dy = inputs(0, 160, 4, 24, 40, dtype)
@@ -92,10 +93,10 @@ def test_zero_rows():
     assert y.shape == (0, 16) and dx.shape == (0, 8) and not np.asarray(dw).any()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_any_sizes(data):
-    rows = data.draw(st.sampled_from([1, 7, 33, 130, 517]))
+    rows = data.draw(st.sampled_from([1, 33, 130]))
     cuts = sorted(data.draw(st.lists(st.integers(0, rows), min_size=3, max_size=3)))
     sizes = jnp.array(np.diff([0, *cuts]))
     x, w, dy = inputs(rows, rows, 3, 16, 8)
@@ -114,7 +115,7 @@ def routed(seed, tokens, experts, k):
     return jnp.array(sizes), jnp.array(order // k), jnp.array(inverse.reshape(tokens, k)), jnp.array(order)
 
 
-@pytest.mark.parametrize("with_inverse", [False, True])
+@pytest.mark.parametrize("with_inverse", [pytest.param(False, marks=SLOW), True])
 def test_gather_equals_gather_before(with_inverse):
     sizes, token, inverse, _ = routed(0, 60, 4, 2)
     sizes = sizes.at[3].add(-5)  # the last five rows are dropped
@@ -136,7 +137,7 @@ def test_gather_equals_gather_before(with_inverse):
         assert error(actual, wanted) <= 1e-6
 
 
-@pytest.mark.parametrize("backend", ["xla", "reference"])
+@pytest.mark.parametrize("backend", ["xla", pytest.param("reference", marks=SLOW)])
 def test_scatter_equals_scatter_after(backend):
     sizes, token, _, order = routed(1, 60, 4, 2)
     sizes = sizes.at[3].add(-5)
@@ -164,8 +165,16 @@ def test_scatter_equals_scatter_after(backend):
         assert error(actual, wanted) <= 1e-6
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", ["xla", "reference"])
+@pytest.mark.parametrize(
+    "backend, dtype",
+    [
+        ("xla", "float32"),
+        *(
+            pytest.param(*c, marks=SLOW)
+            for c in (("xla", "bfloat16"), ("reference", "float32"), ("reference", "bfloat16"))
+        ),
+    ],
+)
 def test_swiglu_equals_two_products(backend, dtype):
     sizes, token, inverse, _ = routed(2, 60, 4, 2)
     x, gate, _ = inputs(6, 60, 4, 16, 24, dtype)
