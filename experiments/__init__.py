@@ -29,5 +29,7 @@ def load(name: str) -> Recipe:
     """
     recipes = _all()
     if name not in recipes:
-        raise ValueError(f"unknown recipe {name!r}; allowed: {', '.join(sorted(recipes))}.{did_you_mean(name, recipes)}")
+        raise ValueError(
+            f"unknown recipe {name!r}; allowed: {', '.join(sorted(recipes))}.{did_you_mean(name, recipes)}"
+        )
     return recipes[name]()

@@ -33,7 +33,9 @@ def parser(description: str) -> argparse.ArgumentParser:
         metavar="KIND=NAME",
         help="replace a component by its name, wherever its kind occurs or at one path: --with router=top_k",
     )
-    result.add_argument("-h", "--help", action="store_true", help="this text; after a recipe: every field of the recipe")
+    result.add_argument(
+        "-h", "--help", action="store_true", help="this text; after a recipe: every field of the recipe"
+    )
     return result
 
 
@@ -54,7 +56,9 @@ def read_recipe(description: str, arguments: argparse.ArgumentParser) -> tuple[R
     if options.help:
         arguments.print_help()
         overrides = ["--help"]
-    recipe = tyro.cli(Recipe, default=recipe, args=overrides, prog=f"{sys.argv[0]} {options.recipe}", description=description)
+    recipe = tyro.cli(
+        Recipe, default=recipe, args=overrides, prog=f"{sys.argv[0]} {options.recipe}", description=description
+    )
     return or_exit(lambda: validate(recipe)), options
 
 
@@ -69,4 +73,6 @@ def or_exit(action: Callable[[], T], *errors: Any) -> T:
 
 def keep_compiled(data_directory: str) -> None:
     """Keeps compiled programs beside the prepared data, so that the next process need not compile them again."""
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(data_directory).expanduser().absolute() / "compiled"))
+    jax.config.update(
+        "jax_compilation_cache_dir", str(pathlib.Path(data_directory).expanduser().absolute() / "compiled")
+    )

@@ -33,9 +33,9 @@ TABLE: dict[str, dict[str, str]] = {
         "wsd": "sparse_lm.train.schedule:WarmupStableDecay",
     },
     "parametrization": {
-        "standard": "sparse_lm.train.parametrization:Standard",
-        "mup": "sparse_lm.train.parametrization:MuP",
-        "sparse_mup": "sparse_lm.train.parametrization:SparseMuP",
+        "standard": "sparse_lm.layers.parametrization:Standard",
+        "mup": "sparse_lm.layers.parametrization:MuP",
+        "sparse_mup": "sparse_lm.layers.parametrization:SparseMuP",
     },
     "tokenizer": {
         "bytes": "sparse_lm.data.tokenizer:Bytes",

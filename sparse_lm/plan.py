@@ -17,13 +17,13 @@ from jax.sharding import AbstractMesh
 from sparse_lm.accounting import Account, account
 from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import map_leaves
+from sparse_lm.layers.tree_paths import flatten
 from sparse_lm.model.definition import Definition
 from sparse_lm.model.loss import chunks_of
 from sparse_lm.parallel import rules
 from sparse_lm.parallel.mesh import AXES, MeshShape
 from sparse_lm.recipe import Recipe
 from sparse_lm.train.session import Session, open_session
-from sparse_lm.train.tree_paths import flatten
 from sparse_lm.train.validation import MODEL_ARRAYS
 
 PARTS = ("params", "gradients", "opt_state", "ema", "model_state")

@@ -10,6 +10,7 @@ import tiny
 from sparse_lm.components import lookup
 from sparse_lm.config import Config, ConfigError, override, validate
 from sparse_lm.layers.feed_forward import DenseFeedForward
+from sparse_lm.layers.parametrization import MuP, PathDensity, SparseMuP
 from sparse_lm.model.transformer import Model
 from sparse_lm.parallel.mesh import MeshShape
 from sparse_lm.recipe import Recipe
@@ -17,7 +18,6 @@ from sparse_lm.routing.experts import MoEFeedForward
 from sparse_lm.train.adafactor import Adafactor
 from sparse_lm.train.muon import Muon
 from sparse_lm.train.optimizer import AdamW, Group
-from sparse_lm.train.parametrization import MuP, PathDensity, SparseMuP
 from sparse_lm.train.schedule import Cosine, Linear, WarmupStableDecay
 from sparse_lm.train.session import open_session
 

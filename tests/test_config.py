@@ -15,6 +15,7 @@ from experiments import command_line
 from sparse_lm import components
 from sparse_lm.config import Config, ConfigError, children, component, from_dict, override, swap, to_dict, validate
 from sparse_lm.layers.feed_forward import DenseFeedForward
+from sparse_lm.layers.parametrization import MuP, PathDensity, SparseMuP
 from sparse_lm.model.transformer import Model
 from sparse_lm.recipe import Recipe, differences, load_recipe, save_recipe
 from sparse_lm.routing.experts import MoEFeedForward
@@ -22,7 +23,6 @@ from sparse_lm.routing.top_k import TopKRouter
 from sparse_lm.train.adafactor import Adafactor
 from sparse_lm.train.muon import Muon
 from sparse_lm.train.optimizer import AdamW, Group
-from sparse_lm.train.parametrization import MuP, PathDensity, SparseMuP
 from sparse_lm.train.schedule import Linear, WarmupStableDecay
 
 COMPONENTS = [(kind, name) for kind, entries in components.TABLE.items() for name in entries]

@@ -219,7 +219,7 @@ def held_out_packages(files: list[File], fraction: float) -> set[str]:
 @functools.cache
 def distribution_licenses(root: str) -> dict[str, str]:
     """Returns top-level folder -> licence note for the Python distributions in a site-packages folder."""
-    notes = {}
+    notes: dict[str, str] = {}
     for distribution in importlib.metadata.distributions(path=[root]):
         metadata = distribution.metadata
         license = metadata.get("License-Expression") or (metadata.get("License") or "").strip().split("\n")[0][:60]

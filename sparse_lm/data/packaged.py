@@ -156,7 +156,7 @@ class Packaged(TextSource):
                 versions[package] = importlib.metadata.version(package)
         if self.code:
             versions["python"] = sys.version.split()[0]
-        held_out = {}
+        held_out: dict[str, list[Any]] = {}
         if self.speeches:
             held_out["speeches"] = list(VALIDATION_YEARS)
         if self.api_docs:

@@ -43,18 +43,18 @@ class Source(Config):
         del fields["weight"]
         return {"source": type(self).__name__, **fields}
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TextSource(Source):
-    """Base of sources whose documents are text that is written to a corpus directory first."""
-
     def fingerprint(self) -> dict[str, Any]:
-        """Returns what names the prepared corpus: `identity` and the versions or content hashes of the input.
+        """Returns what names the prepared data: `identity` and the versions or content hashes of the input.
 
         Raises:
           MissingSource: if the input is not on this machine.
         """
         raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextSource(Source):
+    """Base of sources whose documents are text that is written to a corpus directory first."""
 
     def documents(self, note: Callable[[str], Any]) -> dict[Split, Iterator[Document]]:
         """Returns the documents of each split in a fixed order; train must be exhausted before validation is read.

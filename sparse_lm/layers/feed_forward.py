@@ -58,6 +58,14 @@ class FeedForward(Config):
         """Returns {component: (parameters, active parameters, forward operations per token)}."""
         raise NotImplementedError
 
+    def sequences_per_group(self) -> int:
+        """Sequences that must stay together in a microbatch and on a shard."""
+        return 1
+
+    def advance(self, state: dict[str, Any], statistics: dict[str, Any]) -> dict[str, Any]:
+        """Returns the layer's next model state from the statistics of the whole step."""
+        return state
+
 
 def activate(gate: jax.Array, up: jax.Array | None, activation: Activation) -> jax.Array:
     """SwiGLU (Shazeer 2020, arXiv 2002.05202), GELU, or squared ReLU (So et al. 2021, arXiv 2109.08668)."""

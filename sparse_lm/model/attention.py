@@ -48,7 +48,7 @@ def visible(spec: AttentionSpec, query_index_Q: jax.Array, query_segments_BQ: ja
     if spec.window is not None:
         mask = mask & (distance_QL < spec.window)
     mask = mask[None]
-    if spec.segments_BL is not None:
+    if spec.segments_BL is not None and query_segments_BQ is not None:
         mask = mask & (query_segments_BQ[:, :, None] == spec.segments_BL[:, None, :])
     return mask
 
@@ -200,7 +200,7 @@ class AttentionLayer(nnx.Module):
         q_BLHN = self.query(x_BLD).reshape(batch, length, config.heads, -1)
         k_BLJN = self.key(x_BLD).reshape(batch, length, config.key_heads, -1)
         v_BLJN = checkpoint_name(self.value(x_BLD).reshape(batch, length, config.key_heads, -1), "value")
-        if self.query_norm is not None:
+        if self.query_norm is not None and self.key_norm is not None:
             q_BLHN, k_BLJN = self.query_norm(q_BLHN), self.key_norm(k_BLJN)
         q_BLHN = checkpoint_name(rotate(q_BLHN, angles), "query")
         k_BLJN = checkpoint_name(rotate(k_BLJN, angles), "key")

@@ -13,11 +13,11 @@ from flax import nnx
 
 from sparse_lm.layers.feed_forward import Aux, TokenInfo
 from sparse_lm.layers.parameter import RUN_KEY, map_leaves, materialize
+from sparse_lm.layers.parametrization import initial_scales
 from sparse_lm.model import loss
 from sparse_lm.model.cudnn_attention import documents_bucket
 from sparse_lm.model.transformer import Cache, Model, Transformer
 from sparse_lm.routing.router import ModelState
-from sparse_lm.train.parametrization import initial_scales
 
 Tree = dict[str, Any]
 Batch = dict[str, jax.Array]

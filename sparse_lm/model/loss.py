@@ -52,7 +52,7 @@ def token_losses(
     h_BLD: jax.Array, head_DV: jax.Array, targets_BL: jax.Array, *, softcap: float | None, multiplier: float
 ) -> jax.Array:
     """Returns the cross-entropy of every position, float32 [B, L] nats; for evaluation."""
-    chunks = chunks_of(*targets_BL.shape, head_DV.shape[1])
+    chunks = chunks_of(targets_BL.shape[0], targets_BL.shape[1], head_DV.shape[1])
 
     def chunk(arguments: tuple[jax.Array, jax.Array]) -> jax.Array:
         h_BCD, targets_BC = arguments
@@ -89,7 +89,7 @@ def cross_entropy(
 
 
 def _forward(h_BLD, head_DV, targets_BL, mask_BL, softcap, multiplier, z_coefficient, with_gradient=True):
-    chunks = chunks_of(*targets_BL.shape, head_DV.shape[1])
+    chunks = chunks_of(targets_BL.shape[0], targets_BL.shape[1], head_DV.shape[1])
 
     def chunk(carry, arguments):
         objective, entropy, dhead_DV = carry

@@ -19,11 +19,12 @@ from sparse_lm.config import Config, ConfigError, component
 from sparse_lm.layers.feed_forward import Aux, DenseFeedForward, FeedForward, TokenInfo
 from sparse_lm.layers.norm import RMSNorm
 from sparse_lm.layers.parameter import RUN_KEY, declare
+from sparse_lm.layers.parametrization import Parametrization, Standard
 from sparse_lm.model.attention import Attention, Cache, rotary_angles
 from sparse_lm.model.block import Block
-from sparse_lm.train.parametrization import Parametrization, Standard
 
-SAVED_NAMES = ("query", "key", "value", "attention", "gate", "up", "router_plan")
+SavedName = Literal["query", "key", "value", "attention", "gate", "up", "router_plan"]
+SAVED_NAMES: tuple[SavedName, ...] = ("query", "key", "value", "attention", "gate", "up", "router_plan")
 """Names of intermediate values that remat can keep."""
 
 
@@ -57,7 +58,7 @@ class Model(Config):
     """Runs of equal blocks: scanned compiles in constant time, unrolled runs faster."""
     remat: Literal["none", "names", "block"] = "none"
     """What the backward pass recomputes: nothing, all but `saved_names`, or all of each block."""
-    saved_names: tuple[Literal["query", "key", "value", "attention", "gate", "up", "router_plan"], ...] = SAVED_NAMES
+    saved_names: tuple[SavedName, ...] = SAVED_NAMES
     """Values kept when remat = names."""
     parametrization: Parametrization = component("parametrization", Standard())
     """Initial scales and learning-rate multipliers by path."""
@@ -206,7 +207,6 @@ def advance(config: Model, model_state: dict[str, Any], statistics: dict[str, An
     blocks = dict(model_state["blocks"])
     for name, feed_forward in config.runs():
         if name in blocks:
-            router = blocks[name]["feed_forward"]["router"]
-            counts_E = statistics["blocks"][name]["feed_forward"]["router"]
-            blocks[name] = {"feed_forward": {"router": feed_forward.router.advance(router, counts_E)}}
+            state, counts = blocks[name]["feed_forward"], statistics["blocks"][name]["feed_forward"]
+            blocks[name] = {"feed_forward": feed_forward.advance(state, counts)}
     return {**model_state, "blocks": blocks}

@@ -43,7 +43,9 @@ def sum_rows(y_AD: jax.Array, row_TR: jax.Array, weight_TR: jax.Array | None = N
 
 
 @jax.custom_vjp
-def combine(y_AD: jax.Array, weight_TR: jax.Array, row_TR: jax.Array, token_A: jax.Array, slot_A: jax.Array) -> jax.Array:
+def combine(
+    y_AD: jax.Array, weight_TR: jax.Array, row_TR: jax.Array, token_A: jax.Array, slot_A: jax.Array
+) -> jax.Array:
     """Returns the weighted sum of each token's rows, [T, D] in y's dtype, accumulated in float32.
 
     Args:

@@ -4,6 +4,7 @@ Legend: B batch, L length, D model, F ffn, E experts, A assignments, G routing g
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 from flax import nnx
@@ -44,6 +45,14 @@ class MoEFeedForward(FeedForward):
         self.require(self.group_sequences >= 1, "group_sequences", "at least 1")
         self.router.check_experts(self.experts)
 
+    def sequences_per_group(self) -> int:
+        """See FeedForward.sequences_per_group."""
+        return self.group_sequences
+
+    def advance(self, state: dict[str, Any], statistics: dict[str, Any]) -> dict[str, Any]:
+        """See FeedForward.advance."""
+        return {"router": self.router.advance(state["router"], statistics["router"])}
+
     def shared(self) -> DenseFeedForward:
         """The shared expert as a dense feed-forward."""
         return DenseFeedForward(hidden=self.shared_hidden, activation=self.activation, projection=self.projection)
@@ -76,9 +85,7 @@ class MoELayer(nnx.Module):
         build = config.projection.build
         self.router = RouterLayer(config.router, d_model, config.experts)
         self.gate = build(d_model, config.hidden, into, experts=config.experts)
-        self.up = (
-            build(d_model, config.hidden, into, experts=config.experts) if config.activation == "swiglu" else None
-        )
+        self.up = build(d_model, config.hidden, into, experts=config.experts) if config.activation == "swiglu" else None
         self.down = build(config.hidden, d_model, out, experts=config.experts)
         self.shared = config.shared().build(d_model) if config.shared_hidden else None
 
@@ -95,7 +102,9 @@ class MoELayer(nnx.Module):
         def grouped(a: jax.Array) -> jax.Array:
             return a.reshape(groups, -1, *a.shape[2:])
 
-        inputs = RouterInputs(grouped(info.tokens_BL), grouped(info.segments_BL) > 0, grouped(info.segments_BL), info.key)
+        inputs = RouterInputs(
+            grouped(info.tokens_BL), grouped(info.segments_BL) > 0, grouped(info.segments_BL), info.key
+        )
         routing = self.router(grouped(x_BLD), inputs)
         y_TD = dispatch_local(x_BLD.reshape(-1, d_model), routing.plan, self.experts)
         y_BLD = y_TD.reshape(batch, length, d_model)
@@ -103,4 +112,3 @@ class MoELayer(nnx.Module):
             y_BLD = y_BLD + self.shared(x_BLD, info)[0]
         statistics = {"router": routing.metrics["load"][0]} if self.router.state_names else {}
         return y_BLD, Aux(routing.objective, routing.metrics, statistics)
-

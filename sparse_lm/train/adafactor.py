@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from sparse_lm.layers.parameter import Dims, map_leaves
+from sparse_lm.layers.parametrization import UpdateKind
+from sparse_lm.layers.tree_paths import Tree, core_dims, flatten, prune
 from sparse_lm.train.optimizer import Optimizer, core_axes
-from sparse_lm.train.parametrization import UpdateKind
-from sparse_lm.train.tree_paths import Tree, core_dims, flatten, prune
 
 
 def root_mean_square(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -251,7 +251,7 @@ def read_checkpoint(directory: pathlib.Path, step: int | None = None, *, without
     handlers = {**_handlers(), "state": ocp.PyTreeCheckpointHandler()}  # the same files, and it reads them in part
     with ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers) as manager:
         steps = sorted(manager.all_steps())
-        chosen = steps[-1] if step is None and steps else step
+        chosen = step if step is not None else max(steps, default=-1)
         if chosen not in steps:
             wanted = "checkpoint" if step is None else f"checkpoint {step}"
             raise CheckpointError(f"{directory} has no finished {wanted}; finished: {steps or 'none'}")

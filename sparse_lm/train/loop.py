@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparse_lm.accounting import account
+from sparse_lm.accounting import Account, account
 from sparse_lm.config import ConfigError, to_dict, validate
 from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.pipeline import prepare, train_stream
@@ -119,7 +119,9 @@ def train(recipe: Recipe, run_dir: pathlib.Path) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     dataset = prepare(recipe.data)
     if dataset.tokenizer.vocab_size > recipe.model.vocab_size:
-        raise ConfigError("model.vocab_size", recipe.model.vocab_size, f"at least the tokenizer's {dataset.tokenizer.vocab_size}")
+        raise ConfigError(
+            "model.vocab_size", recipe.model.vocab_size, f"at least the tokenizer's {dataset.tokenizer.vocab_size}"
+        )
     session = open_session(recipe)
     write_description(session, dataset, run_dir)
     checkpointer = Checkpointer(
@@ -153,7 +155,9 @@ def check_same_run(recipe: Recipe, run_dir: pathlib.Path) -> None:
         return
     changed = [line for line in differences(load_recipe(run_dir), recipe) if not line.startswith(FREE_FIELDS)]
     if changed:
-        allowed = "the recipe that it was started with, or another --run-dir (start_from.run branches from it). Changed: "
+        allowed = (
+            "the recipe that it was started with, or another --run-dir (start_from.run branches from it). Changed: "
+        )
         raise ConfigError("run_dir", str(run_dir), allowed + "; ".join(changed))
 
 
@@ -191,12 +195,15 @@ class Run:
         self.energy = machine.Energy()
         self.validation_loss = math.nan
         self.profiling = False
+        self.unread: tuple[int, dict[str, Any]] | None = None
+        self.tokens_before = 0
 
     def steps(self, state: TrainState, data_state: dict[str, Any] | None, first: int) -> bool:
         """Runs from step `first` to the end; returns whether the end was reached."""
         recipe, session = self.recipe, self.session
         programs, compile_s = self._programs()
-        meter = self._meter(first, data_state)
+        meter = self._meter(first)
+        self.tokens_before = meter.tokens
         self.progress.start(first, self._note(compile_s, first))
         stream = train_stream(
             self.dataset,
@@ -207,29 +214,30 @@ class Run:
             state=data_state,
         )
         prefetch = Prefetch(stream, session.put)
-        total, pending = recipe.train.steps, None
+        total = recipe.train.steps
         try:
             for step in range(first, total):
                 self._profile(step)
                 with meter.waiting():
                     batch, documents, data_state = prefetch.next()
                 state, metrics = programs(documents)(state, batch)
-                if pending is not None:
-                    self._report(pending, meter)
-                pending, done = (step + 1, metrics), step + 1
+                self._report(meter)
+                done = step + 1
+                self.unread = (done, metrics)
                 if self._due(recipe.validation.every, done) and done < total:
-                    pending = self._report(pending, meter)
+                    self._report(meter)
                     with meter.paused():
                         self._validate(state, done, meter)
                 stop = self.termination.requested and done < total
                 if stop or (self._due(recipe.checkpoint.every, done) and done < total):
-                    pending = pending and self._report(pending, meter)
+                    self._report(meter)
                     self._save(state, data_state, done)
                 if stop:
-                    self.progress.close(f"stopped by a signal after step {done}, saved; run the same command again to go on")
+                    self.progress.close(
+                        f"stopped by a signal after step {done}, saved; run the same command again to go on"
+                    )
                     return False
-            if pending is not None:
-                self._report(pending, meter)
+            self._report(meter)
             if first < total:
                 with meter.paused():
                     self._validate(state, total, meter)
@@ -241,12 +249,15 @@ class Run:
             if self.profiling:
                 jax.profiler.stop_trace()
 
+    def _lines(self) -> Account:
+        return account(self.recipe.model, self.recipe.data.sequence_length)
+
     def _due(self, every: int, done: int) -> bool:
         return every > 0 and done % every == 0
 
-    def _meter(self, first: int, data_state: dict[str, Any] | None) -> Meter:
+    def _meter(self, first: int) -> Meter:
         recipe, device = self.recipe, jax.devices()[0]
-        lines = account(recipe.model, recipe.data.sequence_length)
+        lines = self._lines()
         peak = machine.peak_flops(device.device_kind, recipe.model.compute_dtype)
         peak = peak and peak * self.session.mesh.size
         flops = lines.train_flops * (self.session.members or 1)
@@ -262,7 +273,7 @@ class Run:
         return Meter(flops, peak, tokens, seconds)
 
     def _note(self, compile_s: float, first: int) -> str:
-        recipe, lines = self.recipe, account(self.recipe.model, self.recipe.data.sequence_length)
+        recipe, lines = self.recipe, self._lines()
         device = jax.devices()[0]
         members = f", {self.session.members} members" if self.session.members else ""
         start = f"continuing after step {first}" if first else "from fresh initial values"
@@ -304,9 +315,11 @@ class Run:
             self.profiling = False
             self.progress.event(f"profile written to {self.run_dir / 'profile'}")
 
-    def _report(self, pending: tuple[int, dict[str, Any]], meter: Meter) -> None:
-        """Reads the numbers of a finished step; writes a row when one is due; stops a run that has diverged."""
-        done, metrics = pending
+    def _report(self, meter: Meter) -> None:
+        """Reads the numbers of the last unread step, if any; writes a row when one is due; stops a run that has diverged."""
+        if self.unread is None:
+            return
+        (done, metrics), self.unread = self.unread, None
         pulse = dict(zip(PULSE, np.moveaxis(np.asarray(metrics["pulse"]), -1, 0)))
         meter.step(int(pulse["tokens"].max()))
         if (pulse["skipped"] > 0).any():
@@ -314,19 +327,22 @@ class Run:
         if done % self.recipe.log.log_every and done != self.recipe.train.steps:
             return
         row: dict[str, Any] = {"kind": "train", "step": done, **meter.read()}
+        row["flops"] /= self.session.members or 1  # like tokens: of one member
         row.update({name: pulse[name] for name in ("loss", "learning_rate", "grad_norm", "skipped")})
         row.update(router_row(jax.device_get(metrics["blocks"]), population=self.recipe.population.active))
         if (statistics := machine.memory_statistics()) is not None:
             row["memory_peak_bytes"] = statistics["peak_bytes"]
         if (joules := self.energy.joules()) is not None:
-            row["joules_per_token"] = joules / max(meter.tokens, 1)
+            row["joules_per_token"] = joules / max((meter.tokens - self.tokens_before) * (self.session.members or 1), 1)
         self.writers.write(row)
         self.progress.update(row)
 
     def _skipped(self, done: int, pulse: dict[str, np.ndarray], metrics: dict[str, Any]) -> None:
         norms = jax.device_get(metrics["group_norms"])
         groups = sorted(name for name, norm in norms.items() if not np.isfinite(norm).all())
-        self.writers.write({"kind": "event", "step": done, "event": "skipped", "skipped": pulse["skipped"], "groups": groups})
+        self.writers.write(
+            {"kind": "event", "step": done, "event": "skipped", "skipped": pulse["skipped"], "groups": groups}
+        )
         self.progress.event(f"step {done} skipped: not finite in {', '.join(groups) or 'the loss'}")
         # A population goes on while any member is sound.
         if (pulse["skipped"] > self.recipe.train.skip_limit).all():
@@ -340,13 +356,16 @@ class Run:
     def _validate(self, state: TrainState, done: int, meter: Meter) -> None:
         params = state.ema if state.ema else state.params
         recipe = self.recipe
-        numbers = validation_row(self.eval_step, params, state.model_state, self.dataset, recipe.data, recipe.validation)
-        totals = {"tokens": meter.tokens, "seconds": meter.seconds, "flops": meter.tokens * meter.flops_per_token}
+        numbers = validation_row(
+            self.eval_step, params, state.model_state, self.dataset, recipe.data, recipe.validation
+        )
+        totals = {"tokens": meter.tokens, "seconds": meter.seconds, "flops": meter.tokens * self._lines().train_flops}
         row = {"kind": "validation", "step": done, **totals, **numbers}
         self.validation_loss = float(np.mean(numbers["loss"]))
         self.writers.write(row)
         self.progress.validation(row)
 
-    def _save(self, state: TrainState, data_state: dict[str, Any], done: int) -> None:
+    def _save(self, state: TrainState, data_state: dict[str, Any] | None, done: int) -> None:
+        assert data_state is not None, "a step was taken, so a batch was consumed"
         recipe = {"schema": SCHEMA, "recipe": to_dict(self.recipe)}
         self.checkpointer.save(done, state, data_state, recipe, self.validation_loss)

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from sparse_lm.layers.parameter import Dims, map_leaves
+from sparse_lm.layers.parametrization import UpdateKind
+from sparse_lm.layers.tree_paths import Tree, core_dims, flatten, prune, role
 from sparse_lm.train.optimizer import Optimizer, adam_direction, check_adam
-from sparse_lm.train.parametrization import UpdateKind
-from sparse_lm.train.tree_paths import Tree, core_dims, flatten, prune, role
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of Jordan et al.: fast from small singular values, then within about [0.7, 1.2] of 1, never exact."""

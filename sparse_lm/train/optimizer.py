@@ -19,9 +19,9 @@ import optax
 
 from sparse_lm.config import Config, ConfigError, component
 from sparse_lm.layers.parameter import Dims, map_leaves
-from sparse_lm.train.parametrization import UpdateKind
+from sparse_lm.layers.parametrization import UpdateKind
+from sparse_lm.layers.tree_paths import Role, Tree, core_dims, flatten, matches, role
 from sparse_lm.train.schedule import Cosine, Schedule
-from sparse_lm.train.tree_paths import Role, Tree, core_dims, flatten, matches, role
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

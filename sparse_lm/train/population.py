@@ -42,7 +42,9 @@ class Population(Config):
         return list(itertools.product(self.seeds or (seed,), self.learning_rate_multipliers or (1.0,)))
 
 
-def over_members(function: Callable[..., Any], population: Population, in_axes: tuple[int | None, ...]) -> Callable[..., Any]:
+def over_members(
+    function: Callable[..., Any], population: Population, in_axes: tuple[int | None, ...]
+) -> Callable[..., Any]:
     """Returns the function over all members at once: vmapped for a population, itself otherwise."""
     return jax.vmap(function, in_axes=in_axes) if population.active else function
 

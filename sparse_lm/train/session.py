@@ -16,12 +16,12 @@ from jax.sharding import Mesh
 
 from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import map_leaves
+from sparse_lm.layers.parametrization import learning_rate_scales
 from sparse_lm.model.definition import Definition, define, for_documents
 from sparse_lm.parallel import rules
 from sparse_lm.recipe import Recipe
 from sparse_lm.train.checkpoint import read_checkpoint
 from sparse_lm.train.initialize import initialize, is_partial, transforms_of
-from sparse_lm.train.parametrization import learning_rate_scales
 from sparse_lm.train.population import member_arrays, over_members
 from sparse_lm.train.state import TrainState, dims_of, fresh_state, initial_state, member_keys
 from sparse_lm.train.step import build_step

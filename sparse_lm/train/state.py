@@ -1,6 +1,7 @@
 """Everything that training changes, in one plain tree; its initial value, dims and layout on disk."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -101,7 +102,8 @@ def unstack(tree: Any, axis: int) -> Any:
             continue
         first, last = int(match[1]), int(match[2])
         for n in range(first, last + 1):
-            out[str(n)] = jax.tree.map(lambda leaf, n=n: jax.lax.index_in_dim(leaf, n - first, axis, False), value)
+            take = functools.partial(jax.lax.index_in_dim, index=n - first, axis=axis, keepdims=False)
+            out[str(n)] = jax.tree.map(take, value)
     return out
 
 
@@ -139,4 +141,3 @@ def rolled(tree: Tree, like: TrainState, axis: int = 0) -> TrainState:
             for field in dataclasses.fields(like)
         }
     )
-

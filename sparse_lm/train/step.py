@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.config import Config
+from sparse_lm.layers.parametrization import learning_rate_scales
 from sparse_lm.model.definition import Batch, Definition
 from sparse_lm.model.transformer import advance
 from sparse_lm.train.optimizer import Optimizer, ema_update, global_norm_by_group
-from sparse_lm.train.parametrization import learning_rate_scales
 from sparse_lm.train.state import TrainState
 
 PULSE = ("loss", "grad_norm", "learning_rate", "skipped", "tokens")

@@ -39,7 +39,9 @@ class Validation(Config):
     def check(self) -> None:
         """See Config.check."""
         self.require(self.every >= 0, "every", "0 (only at the end) or above")
-        self.require(self.tokens_per_domain is None or self.tokens_per_domain >= 1, "tokens_per_domain", "None or at least 1")
+        self.require(
+            self.tokens_per_domain is None or self.tokens_per_domain >= 1, "tokens_per_domain", "None or at least 1"
+        )
         self.require(self.batch_size >= 1, "batch_size", "at least 1")
 
 
@@ -67,7 +69,6 @@ class DocumentLosses(NamedTuple):
 
 def build_eval_step(definition: Definition, population: Population) -> EvalStep:
     """Builds the jitted step (params, model_state, batch) -> cross-entropy [B, L], or [P, B, L]; it changes no state."""
-
 
     @functools.cache
     def program(most_documents: int) -> EvalStep:
@@ -115,7 +116,9 @@ def document_losses(
         arrays = {name: batch[name] for name in MODEL_ARRAYS}
         losses = np.asarray(eval_step(params, model_state, arrays), np.float64)
         valid_BL = batch["segments_BL"] > 0
-        pieces.append((losses[..., valid_BL], batch["documents_BL"][valid_BL], token_bytes_V[batch["targets_BL"][valid_BL]]))
+        pieces.append(
+            (losses[..., valid_BL], batch["documents_BL"][valid_BL], token_bytes_V[batch["targets_BL"][valid_BL]])
+        )
     documents = np.concatenate([document for _, document, _ in pieces])
     nats, size = np.concatenate([nats for nats, _, _ in pieces], axis=-1), int(documents.max(initial=-1)) + 1
     rows = nats.reshape(-1, nats.shape[-1])

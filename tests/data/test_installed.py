@@ -1,6 +1,7 @@
 """The corpus of installed text: found in order, repeated text left out, packages on one side."""
 
 import gzip
+import random
 
 import pytest
 
@@ -30,9 +31,8 @@ def root(tmp_path):
     (site / "package00-1.0.dist-info" / "RECORD").write_text("package00/module.py,,\n")
     (site / "package01" / "data.txt").write_text("1 2 3 4 5 6 7 8 9 0\n" * 50)
     (site / "package01" / "table.rst").write_text("| a | b |\n|---|---|\n" * 40)
-    (site / "package01" / "README.gz").write_bytes(
-        gzip.compress("\n".join(f"Note {i:x}: {i * i:x}." for i in range(99)).encode())
-    )
+    letters = "\n".join("".join(random.Random(line).choices("etaoin shrdlu", k=60)) for line in range(30))
+    (site / "package01" / "README.gz").write_bytes(gzip.compress(letters.encode()))
     (site / "package01" / "model.json.gz").write_bytes(gzip.compress(b"{}" * 500))
     (site / "package01" / "binary.py").write_bytes(b"\0" * 500)
     return tmp_path

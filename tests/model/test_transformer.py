@@ -11,10 +11,10 @@ import tiny
 
 from sparse_lm.layers.feed_forward import DenseFeedForward, TokenInfo
 from sparse_lm.layers.parameter import map_leaves
+from sparse_lm.layers.parametrization import MuP
 from sparse_lm.model.attention import Attention
 from sparse_lm.model.definition import Definition, define, token_info
 from sparse_lm.model.transformer import Model, empty_cache
-from sparse_lm.train.parametrization import MuP
 from sparse_lm.train.state import unstack
 
 KEY = jax.random.key(3)

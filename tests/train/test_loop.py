@@ -206,8 +206,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, from_step: int) -> None:
     """Sets a parameter to NaN before the given step, once compiled."""
     compile_step = session_module.Session.compile_step
 
-    def compile_and_poison(self):
-        step, seconds = compile_step(self)
+    def compile_and_poison(self, documents):
+        step, seconds = compile_step(self, documents)
 
         def run(state, batch):
             if int(state.step) == from_step:

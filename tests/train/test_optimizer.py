@@ -12,11 +12,11 @@ import pytest
 
 from sparse_lm import config
 from sparse_lm.layers.parameter import map_leaves
+from sparse_lm.layers.tree_paths import flatten, prune
 from sparse_lm.train.adafactor import Adafactor
 from sparse_lm.train.muon import QUINTIC, Muon, orthogonalize
 from sparse_lm.train.optimizer import AdamW, Group, Optimizer, ema_update, global_norm_by_group, state_dims
 from sparse_lm.train.schedule import WarmupStableDecay
-from sparse_lm.train.tree_paths import flatten, prune
 
 D, H, F, V, E, LAYERS = 8, 10, 12, 16, 3, 2
 

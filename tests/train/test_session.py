@@ -20,7 +20,7 @@ def session(**changes):
 
 
 def leaves(tree) -> dict:
-    from sparse_lm.train.tree_paths import flatten
+    from sparse_lm.layers.tree_paths import flatten
 
     return flatten(
         {f.name: v if isinstance(v := getattr(tree, f.name), dict) else {"": v} for f in dataclasses.fields(tree)}
@@ -59,5 +59,7 @@ def test_routing_groups_must_fit_the_microbatches(microbatches: int) -> None:
     if microbatches == 1:
         assert open_session(recipe, ONE).definition.group_sequences() == 4
         return
-    with pytest.raises(ConfigError, match=r"data\.batch_size = 4 .*microbatches \(2\) x group_sequences of the routed layers \(4\) x"):
+    with pytest.raises(
+        ConfigError, match=r"data\.batch_size = 4 .*microbatches \(2\) x group_sequences of the routed layers \(4\) x"
+    ):
         check_division(recipe, recipe.mesh.build(ONE))

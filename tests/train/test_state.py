@@ -66,7 +66,7 @@ def test_every_leaf_of_the_state_has_its_dims(name: str, execution: str) -> None
 
 
 def tiny_flat(tree) -> dict:
-    from sparse_lm.train.tree_paths import flatten
+    from sparse_lm.layers.tree_paths import flatten
 
     return flatten(tree) if isinstance(tree, dict) else {"": tree}
 

@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 
 from sparse_lm.config import Config, ConfigError
 from sparse_lm.layers.parameter import Dims, map_leaves
-from sparse_lm.train.tree_paths import Tree, core_dims, flatten, matches, role
+from sparse_lm.layers.tree_paths import Tree, core_dims, flatten, matches, role
 
 UpdateKind = Literal["adam", "muon_spectral", "muon_adam_rms", "adafactor"]
 """How large an update is by itself, which decides how it must be scaled. adam: entries of size 1. muon_spectral,

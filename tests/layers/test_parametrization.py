@@ -9,10 +9,7 @@ import numpy as np
 import pytest
 
 from sparse_lm import config
-from sparse_lm.train.adafactor import Adafactor
-from sparse_lm.train.muon import Muon
-from sparse_lm.train.optimizer import AdamW, Optimizer
-from sparse_lm.train.parametrization import (
+from sparse_lm.layers.parametrization import (
     MuP,
     Parametrization,
     PathDensity,
@@ -22,7 +19,10 @@ from sparse_lm.train.parametrization import (
     learning_rate_scales,
     residual_writes,
 )
-from sparse_lm.train.tree_paths import flatten
+from sparse_lm.layers.tree_paths import flatten
+from sparse_lm.train.adafactor import Adafactor
+from sparse_lm.train.muon import Muon
+from sparse_lm.train.optimizer import AdamW, Optimizer
 
 # Three layers of D = 1024, heads 1024, ffn 4096, 8 experts; stacked.
 DIMS = {
