@@ -159,7 +159,7 @@ def queue_times(ready, problem_arguments, rounds: int):
     return samples
 
 
-def measure(shape: str, skews, functions, dtype, report, iterations: int, rounds: int):
+def measure(shape: str, skews, functions, dtype, report, rounds: int):
     """Time dense, torch and our functions of one shape in turn; one report row per group sizes, product and implementation."""
     rows, inner, outer, _ = SHAPES[shape]
     flops = 2 * rows * inner * outer
@@ -254,7 +254,6 @@ def main(argv=None):
     parser.add_argument("--skews", nargs="+", default=["uniform", "zipf"])
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further problem after this long")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=None, help="only candidates whose name contains one of these")
     parser.add_argument("--json", default=None)
     args = parser.parse_args(argv)
@@ -268,9 +267,7 @@ def main(argv=None):
         if time.time() - begin > args.seconds:
             print("out of time before", shape)
             continue
-        measure(
-            shape, args.skews, functions, jnp.bfloat16 if on_gpu else jnp.float32, report, args.iterations, args.rounds
-        )
+        measure(shape, args.skews, functions, jnp.bfloat16 if on_gpu else jnp.float32, report, args.rounds)
     show(report)
     if args.json:
         with open(args.json, "w") as file:
