@@ -222,6 +222,7 @@ def test_decoding_with_a_cache_is_the_full_forward(execution) -> None:
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), full, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_decoding_a_routed_model_is_the_full_forward() -> None:
     definition, params, state = tiny.materialized(tiny.model(MOE, layers=1))
     batch = tiny.full_batch(1, length=4)

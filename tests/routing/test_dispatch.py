@@ -21,7 +21,8 @@ from sparse_lm.routing.router import RouterInputs
 from sparse_lm.routing.top_k import TopKRouter
 
 D = 6
-SHAPES = [(1, 5, 3, 2), (2, 4, 4, 1), (3, 7, 5, 5)]
+SHAPES = [(1, 5, 3, 2), (2, 4, 4, 1)]
+MORE_SHAPES = [(1, 1, 1, 1), (3, 7, 5, 5), (2, 8, 16, 3)]
 """(groups, tokens of a group, experts, experts of a token)"""
 
 
@@ -72,8 +73,9 @@ def draw(shape: tuple[int, int, int, int], seed: int, kind: str):
 KINDS = ["random", "all to one", "experts without tokens", "padding", "a padded group"]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.sampled_from(SHAPES), st.sampled_from(KINDS), st.integers(0, 1000))
+@pytest.mark.parametrize("shape", [*SHAPES, *(pytest.param(shape, marks=pytest.mark.slow) for shape in MORE_SHAPES)])
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(kind=st.sampled_from(KINDS), seed=st.integers(0, 1000))
 def test_dispatch_equals_dense_computation_under_the_mask(shape, kind: str, seed: int) -> None:
     scores = "sigmoid" if shape[3] == 2 else "softmax"
     arguments = draw(shape, seed, kind)
@@ -95,7 +97,7 @@ def test_an_expert_without_tokens_has_no_gradient() -> None:
 
 
 def test_dispatch_is_deterministic_to_the_bit() -> None:
-    shape = SHAPES[2]
+    shape = SHAPES[0]
     arguments = draw(shape, 5, "random")
     runs = [jax.tree.leaves(compiled(shape, False, "softmax")(*arguments)) for _ in range(3)]
     for run in runs[1:]:
@@ -136,7 +138,7 @@ def test_plans_with_any_number_of_experts_per_token_execute_too() -> None:
     assert counts(plan).tolist() == [1, 3, 2]
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "relu_squared"])
+@pytest.mark.parametrize("activation", ["swiglu", pytest.param("relu_squared", marks=pytest.mark.slow)])
 def test_the_layer_is_router_plus_masked_experts_plus_shared_expert(activation) -> None:
     config = MoEFeedForward(experts=4, hidden=8, shared_hidden=8, activation=activation, group_sequences=2)
     graph, state = nnx.split(nnx.eval_shape(lambda: config.build(16)))
