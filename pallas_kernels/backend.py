@@ -137,7 +137,8 @@ def attached_multiprocessors() -> int | None:
 @functools.cache
 def jax_version() -> tuple[int, int, int]:
     """The installed JAX version as three integers, for `supports` functions that need a minimum."""
-    return tuple(int(re.match(r"\d+", part)[0]) for part in jax.__version__.split(".")[:3])
+    major, minor, patch = (int(re.findall(r"\d+", part)[0]) for part in jax.__version__.split(".")[:3])
+    return major, minor, patch
 
 
 def varying_axes(*arrays: Any) -> frozenset[str]:
@@ -173,7 +174,8 @@ def choose(
 
     Kernels are passed over for arguments that are `varying`: Pallas does not type-check them inside shard_map.
     """
-    passed_over = []
+    passed_over: list[tuple[str, str]] = []
+    reason: str | None
     for backend in backends:
         if backend.platforms is not None and platform not in backend.platforms:
             reason = f"runs on {', '.join(backend.platforms)} only"

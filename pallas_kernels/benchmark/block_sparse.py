@@ -119,7 +119,7 @@ def measure(case: Case, dtype=jnp.bfloat16, *, rounds: int = 2, norms: bool = Fa
     w = random(4, (case.k, case.n), dtype, 0.02)
     batched = jax.tree.map(lambda a: a[None], topology)
     arguments = (x, dy, values, batched)
-    jobs = {name: (function, arguments) for name, function in sparse_products(backend).items()}
+    jobs: dict[str, tuple] = {name: (function, arguments) for name, function in sparse_products(backend).items()}
     jobs |= {f"dense {name}": (function, (x, dy, w)) for name, function in DENSE.items()}
     jobs["masked forward"] = (DENSE["forward"], (x, dy, masked))
     if norms:
@@ -338,25 +338,23 @@ def tune(json_path: str | None = None) -> list[dict]:
         x, dy = random(1, (1, case.m, case.k), jnp.bfloat16), random(2, (1, case.m, case.n), jnp.bfloat16)
         topology = jax.tree.map(lambda a: a[None], topology_from_mask(make_mask(case), case.block, case.block))
         values = random(3, (1, topology.blocks, case.block, case.block), jnp.bfloat16, 0.02)
-        jobs = {}
+        jobs: dict[str, tuple] = {}
+        tiles: dict[str, tuple] = {}
         for width, cluster, swapped in itertools.product((1, 2, 4, 8), (1, 2), (False, True)):
-            tile = ProductTile(width=width, cluster=cluster, swapped=swapped)
-            jobs[("product", tile)] = (functools.partial(mosaic_gpu.product, tile=tile), (x, values, topology))
-            jobs[("product_transposed", tile)] = (
-                functools.partial(mosaic_gpu.product_transposed, tile=tile),
-                (dy, values, topology),
-            )
+            product_tile = ProductTile(width=width, cluster=cluster, swapped=swapped)
+            tiles[f"product {product_tile}"] = ("product", product_tile, x, values)
+            tiles[f"product_transposed {product_tile}"] = ("product_transposed", product_tile, dy, values)
         for split in (False, True):
-            tile = SampledTile(split=split)
-            jobs[("sampled_product", tile)] = (
-                functools.partial(mosaic_gpu.sampled_product, tile=tile),
-                (x, dy, topology),
-            )
+            tiles[f"sampled_product split={split}"] = ("sampled_product", SampledTile(split=split), x, dy)
+        for name, (operation, tile, first, second) in tiles.items():
+            function = functools.partial(getattr(mosaic_gpu, operation), tile=tile)
+            jobs[name] = (function, (first, second, topology))
         compiled, failed = compile_all(jobs)
         for name, message in failed.items():
             print("FAILED", name, message)
         timings = time_all({name: (compiled[name], jobs[name][1]) for name in compiled}, rounds=2)
-        for (operation, tile), timing in sorted(timings.items(), key=lambda item: (item[0][0], item[1].median)):
+        for name, timing in sorted(timings.items(), key=lambda item: (tiles[item[0]][0], item[1].median)):
+            operation, tile = tiles[name][:2]
             row = {
                 "operation": operation,
                 "density": density,

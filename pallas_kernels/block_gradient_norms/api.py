@@ -13,6 +13,7 @@ import functools
 import math
 
 import jax
+import jax.custom_batching
 import jax.numpy as jnp
 from jax import lax
 
@@ -148,5 +149,5 @@ def slab_square_norms(slab: jax.Array, *, block_in: int, block_out: int) -> jax.
     """Squared norms of the blocks of a summed slab: [K, W] -> float32 [R, W / block_out]."""
     if slab.ndim != 2:
         raise ValueError(f"slab has shape {slab.shape}: expected [K, columns * block_out].")
-    check_geometry(*slab.shape, block_in, block_out)
+    check_geometry(slab.shape[0], slab.shape[1], block_in, block_out)
     return xla.norms_of_slab(slab, block_in, block_out)

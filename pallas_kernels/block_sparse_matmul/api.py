@@ -9,6 +9,7 @@ import functools
 import math
 
 import jax
+import jax.custom_batching
 import jax.numpy as jnp
 import numpy as np
 from jax import lax

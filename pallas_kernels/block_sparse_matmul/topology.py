@@ -337,7 +337,7 @@ def from_dense(
     """
     if dense.ndim != 2:
         raise ValueError(f"dense has shape {dense.shape}: expected [features_in, features_out].")
-    check_geometry(*dense.shape, block_in, block_out)
+    check_geometry(dense.shape[0], dense.shape[1], block_in, block_out)
     rows, columns = dense.shape[0] // block_in, dense.shape[1] // block_out
     blocks_RCkn = jnp.asarray(dense).reshape(rows, block_in, columns, block_out).transpose(0, 2, 1, 3)
     if mask is None:

@@ -6,7 +6,7 @@ features. The tables hold density classes, not shapes.
 
 INFINITE = 1 << 30
 
-TILES = {
+TILES: dict[str, dict[str, list[tuple[int, dict]]]] = {
     "NVIDIA H100 80GB HBM3": {
         "product": [
             (8, {"width": 2, "cluster": 1, "swapped": False}),

@@ -57,13 +57,13 @@ def plan_order(row_tiles: int, columns: int, workers: int, width: int) -> WorkOr
     divisors = [d for d in range(1, row_tiles + 1) if row_tiles % d == 0]
     wanted = max(d for d in divisors if d <= max(1, width))
     nearest = sorted((d for d in divisors if d <= 4 * wanted), key=lambda d: abs(np.log2(d / wanted)))
-    best = None
+    best: tuple[float, WorkOrder] = (float("inf"), WorkOrder(wanted, True, False))
     for candidate in nearest:
         for reverse in (True, False):
             for mirror in (False, True):
                 order = WorkOrder(candidate, reverse, mirror)
                 score = imbalance(order, row_tiles, columns, workers, load)
-                if best is None or score < best[0] - 1e-9:
+                if score < best[0] - 1e-9:
                     best = (score, order)
         # Half a tile per worker is the least that rounding costs; do not chase less than that.
         rounding = -(-row_tiles * columns // workers) * workers / (row_tiles * columns)
