@@ -150,7 +150,7 @@ def queue_times(ready, problem_arguments, rounds: int):
 
             for product, call in torch_products(*problem_arguments).items():
                 jobs[f"torch|{product}"] = (call, (), lambda _: torch.cuda.synchronize())
-    samples = {name: [] for name in jobs}
+    samples: dict[str, list[float]] = {name: [] for name in jobs}
     for f, arguments, synchronize in jobs.values():
         synchronize(f(*arguments))
     for _ in range(rounds):
@@ -257,7 +257,8 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", default=None, help="only candidates whose name contains one of these")
     parser.add_argument("--json", default=None)
     args = parser.parse_args(argv)
-    on_gpu, begin, report = has_device_timer(), time.time(), []
+    on_gpu, begin = has_device_timer(), time.time()
+    report: list[dict] = []
     tiles = {n: t for n, t in candidates().items() if not args.only or any(o in n for o in args.only)} if on_gpu else {}
     functions = {n: tile_functions(*t) for n, t in tiles.items()} if args.command == "tune" else {"ours": products()}
     if args.command == "check":

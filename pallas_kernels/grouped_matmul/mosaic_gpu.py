@@ -79,5 +79,6 @@ def swiglu(x_RK, gate_WKN, up_WKN, groups: RowGroups, row_index_A, *, save: bool
 
     del precision
     x_AK = gather(x_RK, row_index_A)
-    tiles = product_tiles(device_kind("cuda"), x_AK.shape[0], *gate_WKN.shape[1:], parts=2)
+    inner, outer = gate_WKN.shape[1:]
+    tiles = product_tiles(device_kind("cuda"), x_AK.shape[0], inner, outer, parts=2)
     return grouped_product(x_AK, (gate_WKN, up_WKN), groups, tiles=tiles, save=save, ctas=_multiprocessors())

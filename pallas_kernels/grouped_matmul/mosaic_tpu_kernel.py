@@ -123,7 +123,7 @@ def grouped_product(x_AK, weights, groups: RowGroups, *, transpose: bool, outs: 
 
 def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, precision=None):
     """dw[g] = x(rows of g)^T dy(rows of g), one matrix per group."""
-    rows, inner, outer = *x_AK.shape, dy_AN.shape[1]
+    (rows, inner), outer = x_AK.shape, dy_AN.shape[1]
     count = groups.size_G.shape[0]
     bm, bk, bn = _height(rows), _divisor(inner, 512), _divisor(outer, 512)
     ranges = groups.start_G, groups.start_G + groups.size_G, jnp.arange(count, dtype=jnp.int32)
