@@ -12,7 +12,9 @@ from sparse_lm.train.loop import TrainingDiverged, train
 def main() -> int:
     """Trains, evaluates, samples and reports; returns the exit code."""
     arguments = command_line.parser(__doc__)
-    arguments.add_argument("--run-dir", help="directory of the run; default runs/NAME; an existing run goes on where it stopped")
+    arguments.add_argument(
+        "--run-dir", help="directory of the run; default runs/NAME; an existing run goes on where it stopped"
+    )
     recipe, options = command_line.read_recipe(__doc__, arguments)
     run_dir = pathlib.Path(options.run_dir or f"runs/{recipe.name}")
     command_line.keep_compiled(recipe.data.directory)
