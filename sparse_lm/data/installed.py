@@ -148,7 +148,7 @@ def read_text(file: File) -> str | None:
         return None
     lines = text.count("\n") + 1
     digits = sum(text.count(digit) for digit in "0123456789")
-    if "\0" in text or len(text) / lines > 200 or digits > 0.25 * len(text):
+    if "\0" in text or len(text) / lines > 1000 or digits > 0.25 * len(text):
         return None
     return text
 
