@@ -1,5 +1,6 @@
-"""Benchmarks: `kernels` times the kernels against dense products and other libraries, `tune` finds their tilings.
+"""Benchmarks: `kernels` times kernels against dense products and other libraries, `tune` finds tilings, `train` times a recipe.
 
+python scripts/benchmark.py train dense_400m --loop-steps 60 --json docs/benchmarks/training.json
 python scripts/benchmark.py kernels --op block_sparse --json docs/benchmarks/block_sparse_h100.json
 python scripts/benchmark.py kernels --op grouped
 python scripts/benchmark.py tune --op block_sparse
@@ -38,6 +39,31 @@ def tune(options: argparse.Namespace) -> None:
         grouped.main(["tune"])
 
 
+def training(arguments: list[str]) -> None:
+    """Times the bare step of a recipe and, with --loop-steps, the whole loop without and with saves."""
+    from experiments import command_line
+    from sparse_lm.train.benchmark import report, time_loop, time_step
+
+    sys.argv = [f"{sys.argv[0]} train", *arguments]
+    description = "Times a recipe on this machine."
+    parser = command_line.parser(description)
+    parser.add_argument("--repeats", type=int, default=10, help="timed steps")
+    parser.add_argument(
+        "--loop-steps", type=int, default=0, help="steps of the whole loop with real data; 0: bare step only"
+    )
+    parser.add_argument("--save-every", type=int, default=0, help="also time the loop with a save every so many steps")
+    parser.add_argument("--json", help="write the numbers to this file")
+    recipe, options = command_line.read_recipe(description, parser)
+    rows: list[dict] = []
+    path = pathlib.Path(options.json) if options.json else None
+    report(f"{recipe.name}, step", time_step(recipe, repeats=options.repeats), rows, path)
+    if options.loop_steps:
+        report(f"{recipe.name}, loop", time_loop(recipe, steps=options.loop_steps), rows, path)
+    if options.loop_steps and options.save_every:
+        saving = time_loop(recipe, steps=options.loop_steps, save_every=options.save_every)
+        report(f"{recipe.name}, loop, save every {options.save_every}", saving, rows, path)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs one subcommand; each imports what it needs only then."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,6 +79,10 @@ def main(arguments: list[str] | None = None) -> None:
         if name == "kernels":
             command.add_argument("--picture", help="draw speed-up against density into this file")
             command.add_argument("--no-torch", action="store_true", help="leave out PyTorch's BSR linear")
+    commands.add_parser("train", help=training.__doc__, add_help=False)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["train"]:
+        return training(arguments[1:])
     options = parser.parse_args(arguments)
     # PyTorch shares the GPU with JAX here, so JAX must not take most of its memory at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
