@@ -241,9 +241,11 @@ class Tfds(Source):
         if file_format not in ("array_record", "parquet"):
             raise ValueError(f"{path} is stored as {file_format}; allowed without TensorFlow: array_record")
         if self.text_field not in builder.info.features:
-            raise ValueError(f"{path} has no feature {self.text_field!r}; it has: {', '.join(builder.info.features)}")
+            raise ValueError(
+                f"{path} has no feature {self.text_field!r}; it has: {', '.join(sorted(builder.info.features))}"
+            )
         splits = {"train": self.train_split, "validation": self.validation_split}
         for split in splits.values():
             if split.partition("[")[0] not in builder.info.splits:
-                raise ValueError(f"{path} has no split {split!r}; it has: {', '.join(builder.info.splits)}")
+                raise ValueError(f"{path} has no split {split!r}; it has: {', '.join(sorted(builder.info.splits))}")
         return Corpus(os.fspath(path), splits, self.text_field, self.domain or None)
