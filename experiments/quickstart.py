@@ -23,19 +23,19 @@ def quickstart() -> Recipe:
     """
     return Recipe(
         name="quickstart",
-        data=DataConfig(sources=(Packaged(),), tokenizer=BPE(vocab_size=8192), sequence_length=256, batch_size=16),
+        data=DataConfig(sources=(Packaged(),), tokenizer=BPE(vocab_size=4096), sequence_length=256, batch_size=8),
         model=Model(
-            vocab_size=8192,
+            vocab_size=4096,
             d_model=192,
             layers=4,
             attention=Attention(heads=3, head_dim=64),
-            pattern=(MoEFeedForward(experts=8, hidden=384, router=TopKRouter(k=2)),),
+            pattern=(MoEFeedForward(experts=8, hidden=256, router=TopKRouter(k=2)),),
             tied_embeddings=True,
         ),
-        optimizer=AdamW(learning_rate=3e-3, schedule=WarmupStableDecay(warmup_steps=50, decay_fraction=0.3)),
-        train=Train(steps=900),
-        validation=Validation(every=300, tokens_per_domain=16384),
-        checkpoint=Checkpoints(every=300),
+        optimizer=AdamW(learning_rate=4e-3, schedule=WarmupStableDecay(warmup_steps=20, decay_fraction=0.5)),
+        train=Train(steps=350),
+        validation=Validation(every=175, tokens_per_domain=8192),
+        checkpoint=Checkpoints(every=175),
         log=LogConfig(log_every=20),
     )
 

@@ -15,10 +15,18 @@ def main() -> int:
     arguments.add_argument(
         "--run-dir", help="directory of the run; default runs/NAME; an existing run goes on where it stopped"
     )
+    arguments.add_argument(
+        "--require-kernels", action="store_true", help="fail if an operation falls back to plain JAX on a GPU or TPU"
+    )
     recipe, options = command_line.read_recipe(__doc__, arguments)
     run_dir = pathlib.Path(options.run_dir or f"runs/{recipe.name}")
     command_line.keep_compiled(recipe.data.directory)
-    code = command_line.or_exit(lambda: train(recipe, run_dir), TrainingDiverged, CheckpointError, FileNotFoundError)
+    code = command_line.or_exit(
+        lambda: train(recipe, run_dir, require_kernels=options.require_kernels),
+        TrainingDiverged,
+        CheckpointError,
+        FileNotFoundError,
+    )
     if code == 0:
         finish(run_dir)
     return code

@@ -3,6 +3,7 @@
 The numbers of step n are read while step n + 1 runs, so the device never waits for the host.
 """
 
+import contextlib
 import json
 import math
 import pathlib
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pallas_kernels import backend
 from sparse_lm.accounting import Account, account
 from sparse_lm.config import ConfigError, to_dict, validate
 from sparse_lm.data.dataset import Dataset
@@ -104,8 +106,13 @@ class Termination:
             signal.signal(number, handler)
 
 
-def train(recipe: Recipe, run_dir: pathlib.Path) -> int:
+def train(recipe: Recipe, run_dir: pathlib.Path, *, require_kernels: bool = False) -> int:
     """Trains a recipe in a run directory, continuing what is there.
+
+    Args:
+      recipe: the recipe.
+      run_dir: where the run lives.
+      require_kernels: make it an error that an operation falls back to plain JAX on a GPU or TPU.
 
     Returns:
       0 when all steps are done, RESUMABLE when a signal stopped the run after saving.
@@ -140,7 +147,9 @@ def train(recipe: Recipe, run_dir: pathlib.Path) -> int:
     first = int(np.asarray(state.step).reshape(-1)[0])
     progress = Progress(recipe.name, recipe.train.steps, recipe.log.display)
     writers = open_writers(run_dir, recipe.log, latest, session.members, to_dict(recipe))
-    with Termination() as termination, writers, progress:
+    backend.clear_choices()
+    kernels = backend.require_kernels("cuda", "tpu") if require_kernels else contextlib.nullcontext()
+    with Termination() as termination, writers, progress, kernels:
         run = Run(session, dataset, run_dir, checkpointer, writers, progress, termination)
         try:
             finished = run.steps(state, data_state, first)
@@ -283,6 +292,7 @@ class Run:
                 f"{recipe.name}: {lines.parameters / 1e6:.2f} M parameters, {lines.active_parameters / 1e6:.2f} M active{members}; {start}",
                 f"{self.session.mesh.size} x {device.device_kind}{f' ({mesh})' if mesh else ''}; step compiled in {compile_s:.1f} s",
                 machine.peak_statement(device.device_kind, recipe.model.compute_dtype, self.session.mesh.size),
+                *([backend.backend_report()] if backend.recorded_choices() else []),
             ]
         )
 
