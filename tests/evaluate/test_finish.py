@@ -19,6 +19,7 @@ from sparse_lm.config import to_dict
 from sparse_lm.data.pipeline import prepare
 from sparse_lm.evaluate.finish import evaluate, finish, opening, sample_prompts
 from sparse_lm.evaluate.load import open_run
+from sparse_lm.layers import parameter
 from sparse_lm.recipe import SCHEMA
 from sparse_lm.train.checkpoint import Checkpointer, CheckpointError
 from sparse_lm.train.loop import write_description
@@ -33,6 +34,9 @@ def fast_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    # Programs that are kept for the whole process must not stay unoptimized: other tests compare bits with other processes.
+    parameter._compiled_draw.cache_clear()
+    jax.clear_caches()
 
 
 def make_run(folder, change=lambda state: state, **changes):

@@ -9,6 +9,7 @@ import pytest
 
 from sparse_lm.data.tokenizer import Bytes
 from sparse_lm.evaluate.generate import Generator, Sampling, next_tokens, power_of_two, prefill, restrict, stable_text
+from sparse_lm.layers import parameter
 from sparse_lm.layers.feed_forward import DenseFeedForward, TokenInfo
 from sparse_lm.model.attention import Attention
 from sparse_lm.model.definition import Definition, define
@@ -29,6 +30,9 @@ def fast_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    # Programs that are kept for the whole process must not stay unoptimized: other tests compare bits with other processes.
+    parameter._compiled_draw.cache_clear()
+    jax.clear_caches()
 
 
 def small(feed_forward, **changes) -> Model:
