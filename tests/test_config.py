@@ -288,11 +288,11 @@ def test_typed_overrides_reach_every_level(monkeypatch: pytest.MonkeyPatch) -> N
     base = experiments.load("quickstart")
     assert options.run_dir == "there"
     assert sorted(differences(base, recipe)) == [
-        "model.layers: 4 -> 3",
+        f"model.layers: {base.model.layers} -> 3",
         "model.logit_softcap: None -> 30.0",
-        "optimizer.learning_rate: 0.003 -> 0.01",
-        "optimizer.schedule.warmup_steps: 50 -> 7",
-        "train.steps: 900 -> 50",
+        f"optimizer.learning_rate: {base.optimizer.learning_rate} -> 0.01",
+        f"optimizer.schedule.warmup_steps: {base.optimizer.schedule.warmup_steps} -> 7",
+        f"train.steps: {base.train.steps} -> 50",
     ]
 
 
