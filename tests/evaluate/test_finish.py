@@ -19,7 +19,6 @@ from sparse_lm.config import to_dict
 from sparse_lm.data.pipeline import prepare
 from sparse_lm.evaluate.finish import evaluate, finish, opening, sample_prompts
 from sparse_lm.evaluate.load import open_run
-from sparse_lm.layers import parameter
 from sparse_lm.recipe import SCHEMA
 from sparse_lm.train.checkpoint import Checkpointer, CheckpointError
 from sparse_lm.train.loop import write_description
@@ -28,15 +27,7 @@ from sparse_lm.train.session import open_session
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compiles():
-    """The programs are tiny, and most of their time is XLA's."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    # Programs that are kept for the whole process must not stay unoptimized: other tests compare bits with other processes.
-    parameter._compiled_draw.cache_clear()
-    jax.clear_caches()
+pytestmark = pytest.mark.usefixtures("fast_compiles")
 
 
 def make_run(folder, change=lambda state: state, **changes):

@@ -9,7 +9,6 @@ import pytest
 
 from sparse_lm.data.tokenizer import Bytes
 from sparse_lm.evaluate.generate import Generator, Sampling, next_tokens, power_of_two, prefill, restrict, stable_text
-from sparse_lm.layers import parameter
 from sparse_lm.layers.feed_forward import DenseFeedForward, TokenInfo
 from sparse_lm.model.attention import Attention
 from sparse_lm.model.definition import Definition, define
@@ -24,15 +23,7 @@ ROUTED = MoEFeedForward(experts=4, hidden=16, shared_hidden=8, router=TopKRouter
 GREEDY = Sampling(temperature=0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compiles():
-    """The programs are tiny and XLA's time is most of theirs; the generator's own programs take no options."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    # Programs that are kept for the whole process must not stay unoptimized: other tests compare bits with other processes.
-    parameter._compiled_draw.cache_clear()
-    jax.clear_caches()
+pytestmark = pytest.mark.usefixtures("fast_compiles")
 
 
 def small(feed_forward, **changes) -> Model:
