@@ -9,6 +9,7 @@ from flax import nnx
 from sparse_lm.layers.feed_forward import Aux, FeedForward, TokenInfo
 from sparse_lm.layers.norm import RMSNorm
 from sparse_lm.model.attention import Attention, AttentionLayer, Cache
+from sparse_lm.parallel.rules import as_tokens
 
 
 class Block(nnx.Module):
@@ -25,6 +26,6 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Aux, Cache | None]:
         """Returns (output, what the feed-forward reports, the cache with this call's keys and values)."""
         attended_BLD, cache = self.attention(self.attention_norm(x_BLD), angles, info.segments_BL, cache)
-        x_BLD = x_BLD + attended_BLD
+        x_BLD = as_tokens(x_BLD + attended_BLD)
         y_BLD, aux = self.feed_forward(self.feed_forward_norm(x_BLD), info)
-        return x_BLD + y_BLD, aux, cache
+        return as_tokens(x_BLD + y_BLD), aux, cache

@@ -3,6 +3,7 @@
 Legend: B batch, L length, D model, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh
 
 from sparse_lm.layers.feed_forward import Aux, TokenInfo
 from sparse_lm.layers.parameter import RUN_KEY, map_leaves, materialize
@@ -35,6 +37,7 @@ class Definition:
       inits: nested dict of kinds of initial value.
       state_shapes: nested dict of shapes of the model state.
       state_dims: nested dict of its logical dims.
+      mesh: what its functions are spread over; None: one device.
     """
 
     config: Model
@@ -44,6 +47,11 @@ class Definition:
     inits: Tree
     state_shapes: Tree
     state_dims: Tree
+    mesh: AbstractMesh | None = None
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Makes the mesh known to everything traced inside; see `parallel.mesh.current`."""
+        return jax.sharding.use_abstract_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
     def parameters(self) -> int:
         """Returns the number of parameters: the leaf count of the real tree."""
@@ -65,7 +73,8 @@ class Definition:
     ) -> tuple[jax.Array, jax.Array, Aux, dict[str, Cache] | None]:
         """Returns (final hidden states [B, L, D], head [D, V] float32, Aux, updated cache)."""
         model = nnx.merge(self.graph, params, model_state)
-        h_BLD, aux, cache = model(info, cache)
+        with self.on_mesh():
+            h_BLD, aux, cache = model(info, cache)
         return h_BLD, model.head_weight(), aux, cache
 
     def logits_multiplier(self) -> float:
@@ -139,7 +148,8 @@ def for_documents(definition: Definition, found: int) -> Definition:
     most = documents_bucket(attention.max_documents, found)
     if most == attention.max_documents:
         return definition
-    return define(dataclasses.replace(definition.config, attention=dataclasses.replace(attention, max_documents=most)))
+    config = dataclasses.replace(definition.config, attention=dataclasses.replace(attention, max_documents=most))
+    return dataclasses.replace(define(config), mesh=definition.mesh)
 
 
 def token_info(batch: Batch, key: jax.Array | None = None) -> TokenInfo:

@@ -22,10 +22,14 @@ from sparse_lm.layers.parameter import RUN_KEY, declare
 from sparse_lm.layers.parametrization import Parametrization, Standard
 from sparse_lm.model.attention import Attention, Cache, rotary_angles
 from sparse_lm.model.block import Block
+from sparse_lm.parallel.rules import as_tokens
+from sparse_lm.routing.exchange import PLAN, ROWS
 
 SavedName = Literal["query", "key", "value", "attention", "gate", "up", "router_plan"]
 SAVED_NAMES: tuple[SavedName, ...] = ("query", "key", "value", "attention", "gate", "up", "router_plan")
 """Names of intermediate values that remat can keep."""
+NEVER_REPEATED = (PLAN, ROWS)
+"""Names that every kind of remat keeps: a router's choice and rows that came from other shards."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,7 @@ class Model(Config):
     execution: Literal["scanned", "unrolled"] = "unrolled"
     """Runs of equal blocks: scanned compiles in constant time, unrolled runs faster."""
     remat: Literal["none", "names", "block"] = "none"
-    """What the backward pass recomputes: nothing, all but `saved_names`, or all of each block."""
+    """What the backward pass recomputes: nothing, all but `saved_names`, or all of each block; a router's choice and rows exchanged between experts are always kept."""
     saved_names: tuple[SavedName, ...] = SAVED_NAMES
     """Values kept when remat = names."""
     parametrization: Parametrization = component("parametrization", Standard())
@@ -145,7 +149,7 @@ class Transformer(nnx.Module):
           (hidden states [B, L, D] in the compute dtype, Aux, the updated cache).
         """
         config = self.config
-        x_BLD = self.embedding[...].at[info.tokens_BL].get(mode="clip").astype(config.dtype)
+        x_BLD = as_tokens(self.embedding[...].at[info.tokens_BL].get(mode="clip").astype(config.dtype))
         angles = rotary_angles(info.positions_BL, config.attention.head_dim, config.attention.rope_theta)
         reports: dict[str, Aux] = {}
         caches: dict[str, Cache] = {}
@@ -175,9 +179,8 @@ class Transformer(nnx.Module):
 def _with_remat(apply: Callable, config: Model) -> Callable:
     if config.remat == "none":
         return apply
-    if config.remat == "block":
-        return jax.checkpoint(apply)
-    return jax.checkpoint(apply, policy=jax.checkpoint_policies.save_only_these_names(*config.saved_names))
+    names = config.saved_names if config.remat == "names" else ()
+    return jax.checkpoint(apply, policy=jax.checkpoint_policies.save_only_these_names(*names, *NEVER_REPEATED))
 
 
 def _merge_reports(reports: dict[str, Aux]) -> Aux:

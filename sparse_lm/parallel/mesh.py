@@ -5,7 +5,7 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from sparse_lm.config import Config, ConfigError
 
@@ -67,3 +67,13 @@ class MeshShape(Config):
         else:
             grid = np.asarray(devices).reshape(shape)
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def current() -> AbstractMesh | None:
+    """Returns the mesh that the program being traced is spread over; None on one device.
+
+    A `Definition` sets it around its functions (`jax.sharding.use_abstract_mesh`). The few places that split their work by hand
+    (dispatch, attention, the loss) read it here; nothing else asks.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh

@@ -3,10 +3,11 @@
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sparse_lm.layers.parameter import map_leaves
+from sparse_lm.parallel.mesh import current
 
 RULES: dict[str, str | None] = {
     "layers": None,
@@ -27,7 +28,7 @@ BATCH_AXES = ("data", "fsdp", "expert")
 """Mesh axes that split the sequences of a batch."""
 
 
-def spec_of(dims: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+def spec_of(dims: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """Returns the partition of an array: each dim on its axis, whole where the axis does not divide it."""
     axes: list[str | None] = []
     for dim, size in zip(dims, shape, strict=True):
@@ -59,6 +60,30 @@ def undivided(dims: Any, shapes: Any, mesh: Mesh) -> list[str]:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of [B, L] batches: sequences over data, fsdp and expert, positions over context."""
     return NamedSharding(mesh, P(BATCH_AXES, "context"))
+
+
+def token_spec(rows: int, length: int, mesh: Mesh | AbstractMesh) -> P:
+    """Returns how arrays [rows, length, ...] of tokens are split inside the program.
+
+    As `batch_sharding` says, but an axis that does not divide what is left of the rows (an evaluation batch) keeps them whole.
+    """
+    axes: list[str] = []
+    for axis in BATCH_AXES:
+        if rows % mesh.shape[axis] == 0:
+            axes.append(axis)
+            rows //= mesh.shape[axis]
+    return P(tuple(axes), "context" if length % mesh.shape["context"] == 0 else None)
+
+
+def as_tokens(x: jax.Array) -> jax.Array:
+    """Pins an array [B, L, ...] to the split of the tokens, other dims whole; without a mesh it is returned as it is.
+
+    GSPMD carries shardings forth from here; without it a parameter split over fsdp may win over the batch.
+    """
+    mesh = current()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, token_spec(x.shape[0], x.shape[1], mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -7,6 +7,7 @@ Legend: T tokens, D model, A assignments in all, R most assignments of one token
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,71 @@ def _combine_backward(residuals, dout_TD):
 combine.defvjp(_combine_forward, _combine_backward)
 
 
+@jax.custom_vjp
+def return_rows(y_AD: jax.Array, row_TR: jax.Array, token_A: jax.Array) -> jax.Array:
+    """Returns the sum of each token's rows, [T, D] in y's dtype, accumulated in float32: the transpose of `gather_rows`."""
+    return sum_rows(y_AD, row_TR).astype(y_AD.dtype)
+
+
+def _return_rows_forward(y_AD, row_TR, token_A):
+    return return_rows(y_AD, row_TR, token_A), token_A
+
+
+def _return_rows_backward(token_A, dout_TD):
+    return dout_TD[token_A], None, None
+
+
+return_rows.defvjp(_return_rows_forward, _return_rows_backward)
+
+
+class Order(NamedTuple):
+    """A plan merged over its groups and sorted by expert; dead slots come last.
+
+    Attributes:
+      token_A: int32, token of each row.
+      weight_A: float32, weight of each row.
+      row_TR: int32, rows of each token; A where there is none.
+      weight_TR: float32, their weights.
+      slot_A: int32, flat index into row_TR of each row; T * R for a dead row.
+      sizes_E: int32, rows of each expert.
+    """
+
+    token_A: jax.Array
+    weight_A: jax.Array
+    row_TR: jax.Array
+    weight_TR: jax.Array
+    slot_A: jax.Array
+    sizes_E: jax.Array
+
+
+def sort_by_expert(plan: RoutingPlan) -> Order:
+    """Sorts the assignments of a plan by expert, then group, then their order in the group."""
+    groups, tokens, most = plan.slot_GSR.shape
+    per_group = plan.token_GA.shape[1]
+    total = groups * per_group
+    group_G1 = jnp.arange(groups, dtype=jnp.int32)[:, None]
+    expert_A = plan.expert_GA.reshape(-1)
+    order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
+    boundaries = jnp.searchsorted(expert_A[order_A], jnp.arange(plan.experts + 1, dtype=jnp.int32))
+    row_of_A = jnp.zeros((total,), jnp.int32).at[order_A].set(jnp.arange(total, dtype=jnp.int32), unique_indices=True)
+    weight_A = plan.weight_GA.reshape(-1)
+
+    slot_TR = (plan.slot_GSR + group_G1[..., None] * per_group).reshape(-1, most)
+    absent_TR = (plan.slot_GSR == per_group).reshape(-1, most)
+    row_TR = jnp.where(absent_TR, total, row_of_A.at[slot_TR].get(mode="clip"))
+    # The flat index into row_TR of each sorted row: its inverse.
+    index_TR = jnp.arange(groups * tokens * most, dtype=jnp.int32).reshape(-1, most)
+    slot_A = jnp.full((total,), index_TR.size, jnp.int32).at[row_TR].set(index_TR, mode="drop", unique_indices=False)
+    return Order(
+        token_A=(plan.token_GA + group_G1 * tokens).reshape(-1)[order_A],
+        weight_A=gather_rows(weight_A[:, None], order_A, row_of_A[:, None])[:, 0],
+        row_TR=row_TR,
+        weight_TR=jnp.where(absent_TR, 0.0, weight_A.at[slot_TR].get(mode="clip")),
+        slot_A=slot_A,
+        sizes_E=jnp.diff(boundaries).astype(jnp.int32),
+    )
+
+
 def dispatch_local(
     x_TD: jax.Array, plan: RoutingPlan, experts: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> jax.Array:
@@ -90,27 +156,9 @@ def dispatch_local(
     Returns:
       [T, D]: the weighted sum of each token's expert outputs; zero for tokens without a live assignment.
     """
-    groups, tokens, most = plan.slot_GSR.shape
-    per_group = plan.token_GA.shape[1]
-    total = groups * per_group
-    group_G1 = jnp.arange(groups, dtype=jnp.int32)[:, None]
-    expert_A = plan.expert_GA.reshape(-1)
-    order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
-    boundaries = jnp.searchsorted(expert_A[order_A], jnp.arange(plan.experts + 1, dtype=jnp.int32))
-    group_sizes_E = jnp.diff(boundaries).astype(jnp.int32)
-    row_of_A = jnp.zeros((total,), jnp.int32).at[order_A].set(jnp.arange(total, dtype=jnp.int32), unique_indices=True)
-
-    slot_TR = (plan.slot_GSR + group_G1[..., None] * per_group).reshape(-1, most)
-    absent_TR = (plan.slot_GSR == per_group).reshape(-1, most)
-    row_TR = jnp.where(absent_TR, total, row_of_A.at[slot_TR].get(mode="clip"))
-    weight_TR = jnp.where(absent_TR, 0.0, plan.weight_GA.reshape(-1).at[slot_TR].get(mode="clip"))
-    # The flat index into weight_TR of each sorted row: the inverse of row_TR.
-    index_TR = jnp.arange(groups * tokens * most, dtype=jnp.int32).reshape(-1, most)
-    slot_A = jnp.full((total,), index_TR.size, jnp.int32).at[row_TR].set(index_TR, mode="drop", unique_indices=False)
-    token_A = (plan.token_GA + group_G1 * tokens).reshape(-1)[order_A]
-
-    rows_AD = gather_rows(x_TD, token_A, row_TR)
-    return combine(experts(rows_AD, group_sizes_E), weight_TR, row_TR, token_A, slot_A)
+    order = sort_by_expert(plan)
+    y_AD = experts(gather_rows(x_TD, order.token_A, order.row_TR), order.sizes_E)
+    return combine(y_AD, order.weight_TR, order.row_TR, order.token_A, order.slot_A)
 
 
 def dispatch_reference(

@@ -12,8 +12,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sparse_lm.config import component
 from sparse_lm.layers.feed_forward import Activation, Aux, DenseFeedForward, FeedForward, TokenInfo, activate
+from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.layers.projection import DenseProjection, Projection
+from sparse_lm.parallel.mesh import current
 from sparse_lm.routing.dispatch import dispatch_local
+from sparse_lm.routing.expert_parallel import Experts, dispatch_on_mesh
 from sparse_lm.routing.router import Router, RouterInputs, RouterLayer
 from sparse_lm.routing.top_k import TopKRouter
 
@@ -32,6 +35,8 @@ class MoEFeedForward(FeedForward):
     """Activation of the experts."""
     group_sequences: int = 1
     """Sequences in one routing group; balance losses are means over groups, and groups are never split by a shard."""
+    receive_factor: float = 0.0
+    """Rows a device can receive from the others of its expert axis, in multiples of what even load sends it; the rest is dropped and counted as overflow. 0: as many as can ever come."""
     router: Router = component("router", TopKRouter())
     """Who sends tokens to experts."""
     projection: Projection = component("projection", DenseProjection())
@@ -43,6 +48,8 @@ class MoEFeedForward(FeedForward):
         self.require(self.hidden >= 1, "hidden", "at least 1")
         self.require(self.shared_hidden >= 0, "shared_hidden", "0 (none) or above")
         self.require(self.group_sequences >= 1, "group_sequences", "at least 1")
+        enough = self.receive_factor == 0 or self.receive_factor >= 1
+        self.require(enough, "receive_factor", "0 (as many as can come) or at least 1")
         self.router.check_experts(self.experts)
 
     def sequences_per_group(self) -> int:
@@ -76,6 +83,39 @@ class MoEFeedForward(FeedForward):
         return rows
 
 
+class RoutedExperts(nnx.Module):
+    """The experts' matrices, applied to rows that are sorted by expert."""
+
+    def __init__(self, gate: nnx.Module, up: nnx.Module | None, down: nnx.Module, activation: Activation):
+        self.gate, self.up, self.down, self.activation = gate, up, down, activation
+
+    def __call__(self, x_AD: jax.Array, group_sizes_E: jax.Array, weight_A: jax.Array | None = None) -> jax.Array:
+        """Applies each expert to its rows; with the float32 weight of each row, times it."""
+        gate_AF = checkpoint_name(self.gate.grouped(x_AD, group_sizes_E), "gate")
+        up_AF = checkpoint_name(self.up.grouped(x_AD, group_sizes_E), "up") if self.up is not None else None
+        hidden_AF = activate(gate_AF, up_AF, self.activation)
+        if weight_A is not None:
+            # Before the linear down product: the gradient of the weight then needs the hidden units, not that product.
+            hidden_AF = (hidden_AF * weight_A[:, None]).astype(x_AD.dtype)
+        return self.down.grouped(hidden_AF, group_sizes_E)
+
+    def as_function(self, dtype: Any) -> Experts:
+        """Returns the experts as a function of their weights, which are cast to the compute dtype."""
+        graph, state = nnx.split(self)
+        weights = map_leaves(lambda _, leaf: leaf.astype(dtype), nnx.to_pure_dict(state))
+        dims: dict[str, Any] = {}
+        for path, variable in nnx.to_flat_state(state):
+            node = dims
+            for part in path[:-1]:
+                node = node.setdefault(part, {})
+            node[path[-1]] = tuple(variable.get_metadata("dims"))
+
+        def apply(weights: Any, *rows: Any) -> jax.Array:
+            return nnx.merge(graph, weights)(*rows)
+
+        return Experts(apply, weights, dims)
+
+
 class MoELayer(nnx.Module):
     """Mixture-of-experts layer."""
 
@@ -89,11 +129,10 @@ class MoELayer(nnx.Module):
         self.down = build(config.hidden, d_model, out, experts=config.experts)
         self.shared = config.shared().build(d_model) if config.shared_hidden else None
 
-    def experts(self, x_AD: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-        """Applies each expert to its rows."""
-        gate_AF = checkpoint_name(self.gate.grouped(x_AD, group_sizes_E), "gate")
-        up_AF = checkpoint_name(self.up.grouped(x_AD, group_sizes_E), "up") if self.up is not None else None
-        return self.down.grouped(activate(gate_AF, up_AF, self.config.activation), group_sizes_E)
+    @property
+    def experts(self) -> "RoutedExperts":
+        """The experts without their router."""
+        return RoutedExperts(self.gate, self.up, self.down, self.config.activation)
 
     def __call__(self, x_BLD: jax.Array, info: TokenInfo) -> tuple[jax.Array, Aux]:
         batch, length, d_model = x_BLD.shape
@@ -106,9 +145,17 @@ class MoELayer(nnx.Module):
             grouped(info.tokens_BL), grouped(info.segments_BL) > 0, grouped(info.segments_BL), info.key
         )
         routing = self.router(grouped(x_BLD), inputs)
-        y_TD = dispatch_local(x_BLD.reshape(-1, d_model), routing.plan, self.experts)
-        y_BLD = y_TD.reshape(batch, length, d_model)
+        metrics, mesh = routing.metrics, current()
+        if mesh is None:
+            y_BLD = dispatch_local(x_BLD.reshape(-1, d_model), routing.plan, self.experts).reshape(x_BLD.shape)
+        else:
+            y_BLD, lost = dispatch_on_mesh(
+                mesh, x_BLD, routing.plan, self.experts.as_function(x_BLD.dtype), self.config.receive_factor
+            )
+            if mesh.shape["expert"] > 1:
+                metrics = {**metrics, "overflow": (lost, metrics["load"][1])}
+        # Needs nothing of the exchange, so XLA may compute it while rows travel.
         if self.shared is not None:
             y_BLD = y_BLD + self.shared(x_BLD, info)[0]
-        statistics = {"router": routing.metrics["load"][0]} if self.router.state_names else {}
-        return y_BLD, Aux(routing.objective, routing.metrics, statistics)
+        statistics = {"router": metrics["load"][0]} if self.router.state_names else {}
+        return y_BLD, Aux(routing.objective, metrics, statistics)

@@ -117,6 +117,7 @@ def open_session(recipe: Recipe, devices: list[jax.Device] | None = None) -> Ses
     if recipe.population.active:
         attention = dataclasses.replace(attention, backend="plain")
     definition = define(dataclasses.replace(recipe.model, attention=attention))
+    definition = dataclasses.replace(definition, mesh=mesh.abstract_mesh)
     optimizer, population = recipe.optimizer, recipe.population
     try:
         scales = learning_rate_scales(recipe.model.parametrization, optimizer, definition.dims, definition.shapes)
