@@ -64,6 +64,9 @@ class Recipe(Config):
         if self.validation.batch_size % sequences:
             allowed = f"a multiple of group_sequences of the routed layers ({sequences})"
             raise ConfigError("validation.batch_size", self.validation.batch_size, allowed)
+        if self.validation.overlap >= self.data.sequence_length:
+            allowed = f"below data.sequence_length ({self.data.sequence_length})"
+            raise ConfigError("validation.overlap", self.validation.overlap, allowed)
         if self.checkpoint.keep_best and not self.validation.every:
             allowed = "0, because validation.every = 0 gives checkpoints no validation loss to be best in"
             raise ConfigError("checkpoint.keep_best", self.checkpoint.keep_best, allowed)

@@ -185,6 +185,8 @@ BAD: list[tuple[dict[str, Any], str, Any, str]] = [
     ({"validation.every": -1}, "validation.every", -1, "0 (only at the end)"),
     ({"validation.tokens_per_domain": 0}, "validation.tokens_per_domain", 0, "None or at least 1"),
     ({"validation.batch_size": 0}, "validation.batch_size", 0, "at least 1"),
+    ({"validation.overlap": -1}, "validation.overlap", -1, "0 or above"),
+    ({"validation.overlap": 512}, "validation.overlap", 512, "below data.sequence_length (512)"),
     ({"checkpoint.every": -5}, "checkpoint.every", -5, "0 (only at the end)"),
     ({"checkpoint.keep_last": 0}, "checkpoint.keep_last", 0, "at least 1"),
     ({"checkpoint.keep_every": 0}, "checkpoint.keep_every", 0, "None or at least 1"),

@@ -24,8 +24,10 @@ class Part(Protocol):
     def training_windows(self, length: int, end_of_text: int, key: tuple[int, ...]) -> Any:
         """Returns an endless random-access sequence of rows of length L, keyed by integers."""
 
-    def validation_rows(self, domain: str, length: int, end_of_text: int, numbers_from: int) -> Iterator[packing.Row]:
-        """Yields the validation windows of a domain once, documents numbered from `numbers_from`."""
+    def validation_rows(
+        self, domain: str, length: int, end_of_text: int, numbers_from: int, overlap: int
+    ) -> Iterator[packing.Row]:
+        """Yields the validation windows of a domain, documents numbered from `numbers_from`; see packing.validation_rows."""
 
     def documents(self, domain: str, split: Split) -> Iterator[np.ndarray]:
         """Yields the token ids of the documents of a domain, end_of_text left out."""
@@ -55,9 +57,11 @@ class StoredPart:
     def _of(self, domain: str, split: Split) -> np.ndarray:
         return np.flatnonzero(self.shards[split].domains_d == self._domains.index(domain))
 
-    def validation_rows(self, domain: str, length: int, end_of_text: int, numbers_from: int) -> Iterator[packing.Row]:
+    def validation_rows(
+        self, domain: str, length: int, end_of_text: int, numbers_from: int, overlap: int
+    ) -> Iterator[packing.Row]:
         documents = self._of(domain, "validation")
-        return packing.validation_rows(self.shards["validation"], documents, length, end_of_text, numbers_from)
+        return packing.validation_rows(self.shards["validation"], documents, length, end_of_text, numbers_from, overlap)
 
     def documents(self, domain: str, split: Split) -> Iterator[np.ndarray]:
         shards = self.shards[split]
@@ -105,8 +109,8 @@ class Dataset:
         """Unique stored training tokens; UNLIMITED when a source is generated and never repeats."""
         return min(UNLIMITED, sum(part.train_tokens for part in self.parts))
 
-    def validation_rows(self, domain: str, length: int) -> Iterator[packing.Row]:
-        """Yields the validation windows of a domain, source after source.
+    def validation_rows(self, domain: str, length: int, overlap: int = 0) -> Iterator[packing.Row]:
+        """Yields the validation windows of a domain, source after source; see packing.validation_rows for `overlap`.
 
         Raises:
           ValueError: for an unknown domain.
@@ -114,7 +118,7 @@ class Dataset:
         self._known(domain)
         numbers_from = 0
         for part in self.parts:
-            yield from part.validation_rows(domain, length, self.tokenizer.end_of_text, numbers_from)
+            yield from part.validation_rows(domain, length, self.tokenizer.end_of_text, numbers_from, overlap)
             numbers_from += part.count(domain, "validation")
 
     def truth_rows(self, domain: str, length: int) -> Iterator[packing.Row]:

@@ -92,9 +92,8 @@ def _counting(length: int) -> np.ndarray:
     return np.arange(length, dtype=np.int32)
 
 
-def window(shards: TokenShards, stream: Stream, index: int, length: int, end_of_text: int) -> tuple[Row, np.ndarray]:
-    """Returns window `index` of a stream and the places (indices into order_d) of its segments."""
-    start = index * length
+def window(shards: TokenShards, stream: Stream, start: int, length: int, end_of_text: int) -> tuple[Row, np.ndarray]:
+    """Returns the window that begins at position `start` of a stream and the places (indices into order_d) of its segments."""
     stop = min(start + length, stream.tokens)
     first = int(np.searchsorted(stream.ends_d, start, "right"))
     last = int(np.searchsorted(stream.ends_d, stop, "left"))
@@ -145,14 +144,17 @@ class StoredWindows:
     def __getitem__(self, index: int) -> Row:
         number, within = divmod(int(index), self.windows_per_epoch)
         stream, order_w = self.epoch(number)
-        row, _ = window(self._shards, stream, int(order_w[within]), self._length, self._end_of_text)
+        row, _ = window(self._shards, stream, int(order_w[within]) * self._length, self._length, self._end_of_text)
         return row
 
 
 def validation_rows(
-    shards: TokenShards, documents: np.ndarray, length: int, end_of_text: int, numbers_from: int = 0
+    shards: TokenShards, documents: np.ndarray, length: int, end_of_text: int, numbers_from: int = 0, overlap: int = 0
 ) -> Iterator[Row]:
-    """Yields the windows of documents in the order given, once; rows also carry documents_BL (-1: padding).
+    """Yields the windows of documents in the order given; rows also carry documents_BL, each token's document once.
+
+    With an overlap every window but the first begins with the last tokens of the window before it: they give context to the
+    tokens after them and carry document -1, as padding does, because they have been counted.
 
     Args:
       shards: where the documents are.
@@ -160,10 +162,13 @@ def validation_rows(
       length: window length L.
       end_of_text: fills padding.
       numbers_from: number of the first document in documents_BL.
+      overlap: tokens that a window shares with the one before it; below L.
     """
     stream = concatenated(shards, documents)
-    for index in range(-(-stream.tokens // length)):
-        row, places = window(shards, stream, index, length, end_of_text)
+    for start in range(0, max(stream.tokens - overlap, 1) if stream.tokens else 0, length - overlap):
+        row, places = window(shards, stream, start, length, end_of_text)
         numbers = np.append(places + numbers_from, -1).astype(np.int32)
         row["documents_BL"] = numbers[row["segments_BL"] - 1]
+        if start:
+            row["documents_BL"][:overlap] = -1
         yield row

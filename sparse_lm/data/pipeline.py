@@ -159,7 +159,7 @@ def _batches(
 
 
 def validation_batches(
-    dataset: Dataset, config: DataConfig, domain: str, *, batch_size: int, max_tokens: int | None = None
+    dataset: Dataset, config: DataConfig, domain: str, *, batch_size: int, max_tokens: int | None = None, overlap: int = 0
 ) -> Iterator[Batch]:
     """Yields the validation documents of a domain once, in order, packed like training; the tail is padded with segment 0.
 
@@ -168,7 +168,8 @@ def validation_batches(
       config: its config.
       domain: one of dataset.domains.
       batch_size: rows of each batch.
-      max_tokens: stop after the window that reaches this many tokens; None: all.
+      max_tokens: stop after the window that reaches this many counted tokens; None: all.
+      overlap: tokens that a window shares with the one before it, counted once (packing.validation_rows).
 
     Yields:
       Batches of shape [batch_size, sequence_length] with documents_BL beside the training arrays.
@@ -180,8 +181,9 @@ def validation_batches(
         raise ValueError(f"batch_size = {batch_size}; allowed: at least 1")
     end_of_text = dataset.tokenizer.end_of_text
     rows: list[packing.Row] = []
-    limit = None if max_tokens is None else max(1, -(-max_tokens // config.sequence_length))
-    for number, row in enumerate(dataset.validation_rows(domain, config.sequence_length)):
+    fresh = config.sequence_length - overlap
+    limit = None if max_tokens is None else max(1, -(-max_tokens // fresh))
+    for number, row in enumerate(dataset.validation_rows(domain, config.sequence_length, overlap)):
         if limit is not None and number >= limit:
             break
         rows.append(row)

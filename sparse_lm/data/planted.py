@@ -164,7 +164,10 @@ class PlantedPart:
             yield first, max(last, first + 1), documents[first : max(last, first + 1)]
             first = max(last, first + 1)
 
-    def validation_rows(self, domain: str, length: int, end_of_text: int, numbers_from: int) -> Iterator[packing.Row]:
+    def validation_rows(
+        self, domain: str, length: int, end_of_text: int, numbers_from: int, overlap: int
+    ) -> Iterator[packing.Row]:
+        """Yields windows of whole documents; no document is cut, so `overlap` has nothing to add."""
         if domain != self.source.domain_name:
             return
         for first, last, documents in self._groups(length):

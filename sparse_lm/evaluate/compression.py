@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sparse_lm.data.dataset import Dataset
 
-PRIMING_BYTES = 4_000_000
+PRIMING_BYTES = 50_000_000
 """Most training text of a domain that primes xz, in bytes: xz reads about 1 MB/s and reads it twice."""
 
 XZ_WINDOW = 1 << 26

@@ -126,6 +126,7 @@ def evaluate_domain(
         domain,
         batch_size=size,
         max_tokens=max_tokens,
+        overlap=loaded.recipe.validation.overlap,
     )
     row = domain_row(losses)
     optimum = against_optimum(loaded, domain, step, batch_size=size, max_tokens=max_tokens)

@@ -9,6 +9,7 @@ Legend: A rows sorted by expert, E experts, I inputs, O outputs.
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.grouped_matmul import grouped_matmul
@@ -52,6 +53,29 @@ class DenseProjection(Projection):
         return inputs * outputs, 2 * inputs * outputs
 
 
+@jax.custom_vjp
+def product(x: jax.Array, w_IO: jax.Array) -> jax.Array:
+    """Returns x @ w for x of any number of dimensions.
+
+    Differs from `x @ w` only in how the weight gradient is asked for: as x^T dy. JAX's own rule asks for (dy^T x)^T, for which
+    XLA's CPU backend first stores dy transposed; that made the gradients of a whole feed-forward twice as slow.
+    """
+    return x @ w_IO
+
+
+def _product_forward(x, w_IO):
+    return x @ w_IO, (x, w_IO)
+
+
+def _product_backward(residuals, dy):
+    x, w_IO = residuals
+    rows = tuple(range(x.ndim - 1))
+    return dy @ w_IO.T, jnp.tensordot(x, dy, (rows, rows))
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 class DenseMatrix(nnx.Module):
     """A dense weight matrix [I, O], or [E, I, O] for experts; computes in the input's dtype."""
 
@@ -60,7 +84,7 @@ class DenseMatrix(nnx.Module):
         self.weight = declare((*batch_shape, inputs, outputs), (*batch_dims, *dims))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.weight[...].astype(x.dtype)
+        return product(x, self.weight[...].astype(x.dtype))
 
     def grouped(self, x_AI: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
         """Multiplies each expert's rows by its matrix; rows past the sum of sizes give zeros."""

@@ -35,6 +35,11 @@ class Validation(Config):
     """Most tokens of each domain in the loop; None: all. The final evaluation always reads all."""
     batch_size: int = 16
     """Sequences in a validation batch."""
+    overlap: int = 0
+    """Tokens of every window that come from the window before it and give context only; each token still counts once.
+
+    Without it the first tokens of a window are predicted from nothing. Half of the sequence length doubles the time of validation.
+    """
 
     def check(self) -> None:
         """See Config.check."""
@@ -43,6 +48,7 @@ class Validation(Config):
             self.tokens_per_domain is None or self.tokens_per_domain >= 1, "tokens_per_domain", "None or at least 1"
         )
         self.require(self.batch_size >= 1, "batch_size", "at least 1")
+        self.require(self.overlap >= 0, "overlap", "0 or above")
 
 
 class DocumentLosses(NamedTuple):
@@ -97,6 +103,7 @@ def document_losses(
     *,
     batch_size: int,
     max_tokens: int | None = None,
+    overlap: int = 0,
 ) -> DocumentLosses:
     """Evaluates one domain's validation documents.
 
@@ -109,13 +116,16 @@ def document_losses(
       domain: one of dataset.domains.
       batch_size: sequences in a batch.
       max_tokens: stop after so many tokens; None: all documents.
+      overlap: see Validation.overlap.
     """
     token_bytes_V = np.asarray(dataset.tokenizer.token_bytes_V)
     pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for batch in validation_batches(dataset, data, domain, batch_size=batch_size, max_tokens=max_tokens):
+    for batch in validation_batches(
+        dataset, data, domain, batch_size=batch_size, max_tokens=max_tokens, overlap=overlap
+    ):
         arrays = {name: batch[name] for name in MODEL_ARRAYS}
         losses = np.asarray(eval_step(params, model_state, arrays), np.float64)
-        valid_BL = batch["segments_BL"] > 0
+        valid_BL = batch["documents_BL"] >= 0
         pieces.append(
             (losses[..., valid_BL], batch["documents_BL"][valid_BL], token_bytes_V[batch["targets_BL"][valid_BL]])
         )
@@ -142,6 +152,7 @@ def validation_row(
             domain,
             batch_size=config.batch_size,
             max_tokens=config.tokens_per_domain,
+            overlap=config.overlap,
         )
         for domain in dataset.domains
     }

@@ -73,16 +73,20 @@ def test_every_token_once_per_epoch(document_lengths, L, seed, epoch):
     assert sorted(seen) == sorted(np.concatenate(documents.ids).tolist())
 
 
-@given(lengths, windows)
+@given(lengths, windows, st.integers(0, 30))
 @settings(max_examples=100, deadline=None)
-def test_validation_is_one_pass_in_order(document_lengths, L):
-    documents = Documents(document_lengths)
-    rows = list(packing.validation_rows(documents, np.arange(len(documents)), L, END, numbers_from=7))
-    for row in rows:
+def test_validation_counts_each_token_once_in_order(document_lengths, L, overlap):
+    documents, overlap = Documents(document_lengths), min(overlap, L - 1)
+    every = np.arange(len(documents))
+    rows = list(packing.validation_rows(documents, every, L, END, numbers_from=7, overlap=overlap))
+    for i, row in enumerate(rows):
         check_row(row, documents, L)
-        assert ((row["documents_BL"] == -1) == (row["segments_BL"] == 0)).all()
+        context = (np.arange(L) < overlap) & (i > 0)
+        assert ((row["documents_BL"] == -1) == ((row["segments_BL"] == 0) | context)).all()
+        if i:
+            assert row["tokens_BL"][:overlap].tolist() == rows[i - 1]["tokens_BL"][L - overlap :].tolist()
     tokens, targets, numbers = (
-        np.concatenate([row[name][row["segments_BL"] > 0] for row in rows])
+        np.concatenate([row[name][row["documents_BL"] >= 0] for row in rows])
         for name in ("tokens_BL", "targets_BL", "documents_BL")
     )
     stored = np.concatenate(documents.ids)

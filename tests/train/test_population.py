@@ -46,6 +46,13 @@ def run(population: Population, seeds, multipliers, poison: int | None = None):
     return state, np.stack(pulses)
 
 
+def distances(left, right) -> dict[str, float]:
+    """Relative Frobenius distance of every leaf. Adam divides by the root of the second moment, so single elements whose gradients
+    nearly cancel carry their rounding at full size; a leaf as a whole does not."""
+    left, right = tiny.flatten(left), tiny.flatten(right)
+    return {path: float(np.linalg.norm(left[path] - right[path]) / np.linalg.norm(right[path])) for path in right}
+
+
 def member(tree, i: int):
     return jax.tree.map(lambda leaf: leaf[i], tree)
 
@@ -68,7 +75,8 @@ def test_members_are_seeds_times_multipliers() -> None:
 def test_a_member_is_a_run_of_its_own(i: int, population) -> None:
     seed, multiplier = MEMBERS[i]
     alone, pulses = run(Population(), jnp.uint32(seed), jnp.float32(multiplier))
-    tiny.assert_close(member(population[0].params, i), alone.params, rtol=1e-5, atol=1e-5)
+    apart = distances(member(population[0].params, i), alone.params)
+    assert max(apart.values()) < 1e-5, apart
     np.testing.assert_allclose(population[1][:, i], pulses, rtol=1e-5)
 
 
