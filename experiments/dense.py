@@ -46,7 +46,7 @@ def dense_400m() -> Recipe:
 
 
 def dense_1b() -> Recipe:
-    """A dense model of 1.2 B parameters on the same data.
+    """A dense model of 1.2 B parameters on the same data; 54.6% MFU in the whole loop on one H100 (docs/benchmarks/training.md).
 
     Command: python scripts/pretrain.py dense_1b
     """
@@ -59,7 +59,7 @@ def dense_1b() -> Recipe:
         pattern=(DenseFeedForward(hidden=5632),),
     )
     optimizer = AdamW(learning_rate=3e-4, weight_decay=0.1, schedule=Cosine(warmup_steps=200))
-    data = dataclasses.replace(base.data, batch_size=8)
+    data = dataclasses.replace(base.data, batch_size=16)
     return dataclasses.replace(base, name="dense_1b", data=data, model=model, optimizer=optimizer)
 
 
