@@ -1,12 +1,13 @@
 """Benchmarks: `kernels` times kernels against dense products and other libraries, `tune` finds tilings, `train` times a recipe.
 
 python scripts/benchmark.py train dense_400m --loop-steps 60 --json docs/benchmarks/training.json
-python scripts/benchmark.py kernels --op block_sparse --json docs/benchmarks/block_sparse_h100.json
-python scripts/benchmark.py kernels --op grouped
+python scripts/benchmark.py kernels --op block_sparse --json docs/benchmarks/block_sparse_h100.json --picture docs/benchmarks/block_sparse_h100.png
+python scripts/benchmark.py kernels --op grouped --json docs/benchmarks/grouped_h100.json --picture docs/benchmarks/grouped_h100.png
 python scripts/benchmark.py tune --op block_sparse
 """
 
 import argparse
+import json
 import os
 import pathlib
 import sys
@@ -14,17 +15,37 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 
+def _beside(path: str | None, name: str, alone: bool) -> str | None:
+    """`path`, or where several operations share one: `path` with the operation's name before its ending."""
+    if path is None or alone:
+        return path
+    file = pathlib.Path(path)
+    return str(file.with_stem(f"{file.stem}_{name}"))
+
+
 def kernels(options: argparse.Namespace) -> None:
     """Times the operations named by --op."""
+    alone = options.op != "all"
     if options.op in ("block_sparse", "norms", "all"):
         from pallas_kernels.benchmark import block_sparse
 
         cases = [block_sparse.Case(*block_sparse.SQUARE, 128, 1.0)] if options.op == "norms" else None
-        block_sparse.run(options.json, options.picture, cases, with_torch=not options.no_torch)
+        files = (_beside(path, "block_sparse", alone) for path in (options.json, options.picture))
+        block_sparse.run(*files, cases, with_torch=not options.no_torch, backend=options.backend)
     if options.op in ("grouped", "all"):
         from pallas_kernels.benchmark import grouped
 
-        grouped.main(["table"] + (["--json", f"{options.json}.grouped.json"] if options.json else []))
+        arguments = ["table", *(["--backend", options.backend] if options.backend else [])]
+        for name in ("json", "picture"):
+            if path := _beside(getattr(options, name), "grouped", alone):
+                arguments += [f"--{name}", path]
+        grouped.main(arguments)
+    if options.op in ("feed_forward", "all"):
+        from pallas_kernels.benchmark import feed_forward
+
+        rows = feed_forward.run()
+        if path := _beside(options.json, "feed_forward", alone):
+            pathlib.Path(path).write_text(json.dumps(rows, indent=1))
 
 
 def tune(options: argparse.Namespace) -> None:
@@ -32,11 +53,12 @@ def tune(options: argparse.Namespace) -> None:
     if options.op in ("block_sparse", "all"):
         from pallas_kernels.benchmark import block_sparse
 
-        block_sparse.tune(options.json)
+        block_sparse.tune(_beside(options.json, "block_sparse", options.op != "all"))
     if options.op in ("grouped", "all"):
         from pallas_kernels.benchmark import grouped
 
-        grouped.main(["tune"])
+        path = _beside(options.json, "grouped", options.op != "all")
+        grouped.main(["tune", *(["--json", path] if path else [])])
 
 
 def training(arguments: list[str]) -> None:
@@ -69,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function, operations in (
-        ("kernels", kernels, ["block_sparse", "grouped", "norms", "all"]),
+        ("kernels", kernels, ["block_sparse", "grouped", "norms", "feed_forward", "all"]),
         ("tune", tune, ["block_sparse", "grouped", "all"]),
     ):
         command = commands.add_parser(name, help=function.__doc__)
@@ -77,7 +99,10 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_argument("--json", help="write the numbers to this file")
         command.set_defaults(function=function)
         if name == "kernels":
-            command.add_argument("--picture", help="draw speed-up against density into this file")
+            command.add_argument("--picture", help="draw the speed-ups into this file")
+            command.add_argument(
+                "--backend", help="time this backend, for example triton, instead of the automatic choice"
+            )
             command.add_argument("--no-torch", action="store_true", help="leave out PyTorch's BSR linear")
     commands.add_parser("train", help=training.__doc__, add_help=False)
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -289,7 +289,13 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
     print(f"wrote {path}")
 
 
-def run(json_path: str | None = None, picture: str | None = None, cases=None, with_torch: bool = True) -> dict:
+def run(
+    json_path: str | None = None,
+    picture: str | None = None,
+    cases=None,
+    with_torch: bool = True,
+    backend: str | None = None,
+) -> dict:
     """Runs the table, prints it and writes it.
 
     Args:
@@ -297,6 +303,7 @@ def run(json_path: str | None = None, picture: str | None = None, cases=None, wi
         picture: Where the picture goes; None draws none.
         cases: ``Case`` list; None takes those of the attached device.
         with_torch: Also time PyTorch's BSR linear.
+        backend: Name of the backend to time; None for the automatic choice.
 
     Returns:
         {"device", "jax", "date", "timer", "rows"}.
@@ -307,11 +314,14 @@ def run(json_path: str | None = None, picture: str | None = None, cases=None, wi
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "backend": backend or "automatic choice",
         "timer": "CUPTI, sum of kernels, steady state" if gpu else "wall clock",
         "rows": [],
     }
     for case in cases:
-        rows = measure(case, jnp.bfloat16 if gpu else jnp.float32, norms=case.density == 1.0)
+        rows = measure(
+            case, jnp.bfloat16 if gpu else jnp.float32, norms=case.density == 1.0 and backend is None, backend=backend
+        )
         result["rows"] += rows
         for row in rows:
             print(show(row), flush=True)
@@ -340,8 +350,9 @@ def tune(json_path: str | None = None) -> list[dict]:
         values = random(3, (1, topology.blocks, case.block, case.block), jnp.bfloat16, 0.02)
         jobs: dict[str, tuple] = {}
         tiles: dict[str, tuple] = {}
-        for width, cluster, swapped in itertools.product((1, 2, 4, 8), (1, 2), (False, True)):
-            product_tile = ProductTile(width=width, cluster=cluster, swapped=swapped)
+        ring = ({"stages": 4, "stores": 2}, {"stages": 3, "stores": 4})
+        for width, swapped, buffers in itertools.product((1, 2, 4, 8), (False, True), ring):
+            product_tile = ProductTile(width=width, swapped=swapped, **buffers)
             tiles[f"product {product_tile}"] = ("product", product_tile, x, values)
             tiles[f"product_transposed {product_tile}"] = ("product_transposed", product_tile, dy, values)
         for split in (False, True):

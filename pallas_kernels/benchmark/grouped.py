@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import time
 
@@ -111,11 +112,13 @@ def candidates():
     from pallas_kernels.grouped_matmul.mosaic_gpu_weight import WeightTiles
 
     found = {}
-    tiles = ((128, 256, 1), (256, 128, 1), (256, 128, 2))
-    for (bm, bn, cluster), (minor, width) in ((t, o) for t in tiles for o in ((0, 8), (1, 4), (0, 32))):
-        options = {"minor": minor, "width": width, "cluster": cluster}
-        name = f"{bm}x{bn} c{cluster} minor{minor} width{width}"
-        found[name] = (ProductTiles(bm, bn, **options), WeightTiles(bm, bn, **options))
+    tiles = ((128, 256, 1, 0), (128, 256, 1, 8), (256, 128, 1, 0), (256, 128, 2, 0))
+    orders = ((0, 8), (1, 4), (0, 32))
+    for (bm, bn, cluster, life), (minor, width) in itertools.product(tiles, orders):
+        order = {"minor": minor, "width": width, "cluster": cluster}
+        product_tiles = None if life else ProductTiles(bm, bn, **order)  # only the weight gradient has lives
+        name = f"{bm}x{bn} c{cluster} minor{minor} width{width} life{life}"
+        found[name] = (product_tiles, WeightTiles(bm, bn, **order, life=life))
     return found
 
 
@@ -126,11 +129,12 @@ def tile_functions(product_tiles, weight_tiles):
 
     ctas = jax.devices()[0].core_count
     of = row_groups.contiguous
-    return {
-        "forward": lambda x, w, dy, s: grouped_product(x, (w,), of(s), tiles=product_tiles, ctas=ctas)[0],
-        "dx": lambda x, w, dy, s: grouped_product(dy, (w,), of(s), tiles=product_tiles, transpose=True, ctas=ctas)[0],
-        "dw": lambda x, w, dy, s: grouped_weight_gradient(x, dy, of(s), tiles=weight_tiles, ctas=ctas),
-    }
+    found = {"dw": lambda x, w, dy, s: grouped_weight_gradient(x, dy, of(s), tiles=weight_tiles, ctas=ctas)}
+    if product_tiles is not None:
+        options = {"tiles": product_tiles, "ctas": ctas}
+        found["forward"] = lambda x, w, dy, s: grouped_product((x,), (w,), of(s), **options)[0]
+        found["dx"] = lambda x, w, dy, s: grouped_product((dy,), (w,), of(s), transpose=True, **options)[0]
+    return found
 
 
 def roofline(shape: str, itemsize: int) -> float:
@@ -215,6 +219,31 @@ def show(report):
         )
 
 
+def draw(report, path: str) -> None:
+    """Bars of useful TFLOP/s for every shape, skew and product, one colour for each implementation."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("matplotlib is not installed: no picture")
+        return
+    labels = list(dict.fromkeys(r["label"] for r in report))
+    groups = sorted({(r["shape"], r["skew"], r["product"]) for r in report})
+    figure, axis = plt.subplots(figsize=(max(6, 0.75 * len(groups)), 4))
+    for i, label in enumerate(labels):
+        of = {(r["shape"], r["skew"], r["product"]): r["tflops"] for r in report if r["label"] == label}
+        places = [g + (i - (len(labels) - 1) / 2) * 0.8 / len(labels) for g in range(len(groups))]
+        axis.bar(places, [of.get(group, 0) for group in groups], 0.8 / len(labels), label=label)
+    axis.set_xticks(range(len(groups)), ["\n".join(group) for group in groups], fontsize=7)
+    axis.set_ylabel("TFLOP/s of useful work")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    print(f"wrote {path}")
+
+
 def check(functions, seed: int = 0):
     """Relative error against float32 products per group on ragged sizes (odd, empty, sum below the rows), memory poisoned before."""
     rows, inner, outer = 4096, 512, 768
@@ -256,11 +285,17 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=None, help="only candidates whose name contains one of these")
     parser.add_argument("--json", default=None)
+    parser.add_argument("--picture", default=None)
+    parser.add_argument("--backend", default=None, help="of the functions labelled ours in the table")
     args = parser.parse_args(argv)
     on_gpu, begin = has_device_timer(), time.time()
     report: list[dict] = []
     tiles = {n: t for n, t in candidates().items() if not args.only or any(o in n for o in args.only)} if on_gpu else {}
-    functions = {n: tile_functions(*t) for n, t in tiles.items()} if args.command == "tune" else {"ours": products()}
+    functions = (
+        {n: tile_functions(*t) for n, t in tiles.items()}
+        if args.command == "tune"
+        else {"ours": products(args.backend)}
+    )
     if args.command == "check":
         functions |= {n: tile_functions(*t) for n, t in tiles.items()}
         return check(functions)
@@ -270,6 +305,8 @@ def main(argv=None):
             continue
         measure(shape, args.skews, functions, jnp.bfloat16 if on_gpu else jnp.float32, report, args.rounds)
     show(report)
+    if args.picture:
+        draw(report, args.picture)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(

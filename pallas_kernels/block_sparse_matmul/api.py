@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.backend import Backend, dispatch, vary_together
-from pallas_kernels.block_sparse_matmul import mosaic_gpu, mosaic_tpu, reference, xla
+from pallas_kernels.block_sparse_matmul import mosaic_gpu, mosaic_tpu, reference, triton, xla
 from pallas_kernels.block_sparse_matmul.topology import BlockTopology, check_topology
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -29,6 +29,7 @@ def _backends(name: str, precision) -> tuple[Backend, ...]:
     with_precision = {"precision": precision}
     return (
         Backend("mosaic_gpu", ("cuda",), mosaic_gpu.supports, getattr(mosaic_gpu, name)),
+        Backend("triton", ("cuda",), triton.supports, functools.partial(getattr(triton, name), **with_precision)),
         Backend("mosaic_tpu", ("tpu",), mosaic_tpu.supports, getattr(mosaic_tpu, name)),
         Backend("xla", None, _anything, functools.partial(getattr(xla, name), **with_precision)),
         Backend("reference", None, _anything, functools.partial(getattr(reference, name), **with_precision), False),
@@ -71,25 +72,38 @@ def _operation(name: str, backend: str | None, precision):
     return operation
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _matmul(x_EMK, values_EJkn, topology, backend, precision):
-    return _operation("product", backend, precision)(x_EMK, values_EJkn, topology)
+def _permuted(x_EMK, permutation_K):
+    return x_EMK if permutation_K is None else jnp.take(x_EMK, permutation_K, axis=-1, mode="clip")
 
 
-def _matmul_forward(x_EMK, values_EJkn, topology, backend, precision):
-    return _matmul(x_EMK, values_EJkn, topology, backend, precision), (x_EMK, values_EJkn, topology)
+def _inverse(permutation_K):
+    places = jnp.arange(permutation_K.shape[0], dtype=jnp.int32)
+    return jnp.zeros_like(places).at[permutation_K].set(places, unique_indices=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _matmul(x_EMK, values_EJkn, topology, permutation_K, backend, precision):
+    return _operation("product", backend, precision)(_permuted(x_EMK, permutation_K), values_EJkn, topology)
+
+
+def _matmul_forward(x_EMK, values_EJkn, topology, permutation_K, backend, precision):
+    y_EMN = _matmul(x_EMK, values_EJkn, topology, permutation_K, backend, precision)
+    return y_EMN, (x_EMK, values_EJkn, topology, permutation_K)
 
 
 def _matmul_backward(backend, precision, residuals, dy_EMN):
-    x_EMK, values_EJkn, topology = residuals
+    x_EMK, values_EJkn, topology, permutation_K = residuals
     dx = _operation("product_transposed", backend, precision)(dy_EMN, values_EJkn, topology)
+    if permutation_K is not None:
+        dx = _permuted(dx, _inverse(permutation_K))
+    x_EMK = _permuted(x_EMK, permutation_K)
     dvalues = _operation("sampled_product", backend, precision)(x_EMK, dy_EMN, topology)
-    no_gradient = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), topology)
-    return dx, dvalues, no_gradient
+    no_gradient = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), (topology, permutation_K))
+    return dx, dvalues, *no_gradient
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
-_jitted_matmul = jax.jit(_matmul, static_argnums=(3, 4))
+_jitted_matmul = jax.jit(_matmul, static_argnums=(4, 5))
 
 
 def _validate(x, values, topology: BlockTopology) -> None:
@@ -112,11 +126,21 @@ def _validate(x, values, topology: BlockTopology) -> None:
         raise ValueError(f"x has dtype {x.dtype}: expected one of {[jnp.dtype(d).name for d in DTYPES]}.")
 
 
+def _check_permutation(permutation) -> None:
+    if permutation is None:
+        return
+    if isinstance(permutation, jax.core.Tracer):
+        raise ValueError("input_permutation is traced: check mode needs concrete arrays, call it outside jax.jit.")
+    if not np.array_equal(np.sort(np.asarray(permutation)), np.arange(permutation.shape[0])):
+        raise ValueError(f"input_permutation must list each of 0 .. {permutation.shape[0] - 1} once.")
+
+
 def block_sparse_matmul(
     x: jax.Array,
     values: jax.Array,
     topology: BlockTopology,
     *,
+    input_permutation: jax.Array | None = None,
     precision: lax.PrecisionLike = None,
     backend: str | None = None,
     check: bool = False,
@@ -132,9 +156,12 @@ def block_sparse_matmul(
         x: [..., K], or [E, ..., K] if `values` has an expert dimension. bfloat16, float16 or float32.
         values: [J, block_in, block_out] or [E, J, block_in, block_out], same dtype, in the order of the topology.
         topology: The pattern; int32 arrays with batch shape () or, one pattern per expert, (E,).
+        input_permutation: int32 [K], a permutation of the columns of `x` shared by all experts: y = x[..., p] @ W. The
+            permuted copy is not stored for the backward pass; in the XLA path it is fused into the pass that brings x
+            into the order of the blocks, elsewhere it is one pass over x.
         precision: Of float32 dots in the XLA path; None means HIGHEST (tf32 only by name). 16-bit inputs ignore it.
-        backend: "mosaic_gpu", "mosaic_tpu", "xla", "reference", or None for the best one on each platform.
-        check: Also verify the values in `topology` (sorted, in range, lists consistent). Needs concrete arrays, so
+        backend: "mosaic_gpu", "triton", "mosaic_tpu", "xla", "reference", or None for the best one on each platform.
+        check: Also verify the values in `topology` (sorted, in range, lists consistent) and `input_permutation`. Needs concrete arrays, so
             it cannot be used inside ``jax.jit``; costs a transfer to the host.
 
     Returns:
@@ -145,8 +172,16 @@ def block_sparse_matmul(
     """
     x, values = jnp.asarray(x), jnp.asarray(values)
     _validate(x, values, topology)
+    if input_permutation is not None:
+        input_permutation = jnp.asarray(input_permutation)
+        if input_permutation.shape != x.shape[-1:] or not jnp.issubdtype(input_permutation.dtype, jnp.integer):
+            raise ValueError(
+                f"input_permutation is {input_permutation.dtype}{list(input_permutation.shape)}: "
+                f"expected integers [{x.shape[-1]}], one per column of x."
+            )
     if check:
         check_topology(topology)
+        _check_permutation(input_permutation)
     batch = values.shape[:-3]
     experts = batch[0] if batch else 1
     rows_shape = x.shape[len(batch) : -1]
@@ -159,5 +194,5 @@ def block_sparse_matmul(
     if not topology.batch_shape:
         topology = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (experts, *a.shape)), topology)
     resolved = lax.Precision.HIGHEST if precision is None else lax.Precision(precision)
-    x_EMK, values_EJkn, topology = vary_together(x_EMK, values_EJkn, topology)
-    return _jitted_matmul(x_EMK, values_EJkn, topology, backend, resolved).reshape(out_shape)
+    operands = vary_together(x_EMK, values_EJkn, topology, input_permutation)
+    return _jitted_matmul(*operands, backend, resolved).reshape(out_shape)

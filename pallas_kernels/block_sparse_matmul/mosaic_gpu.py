@@ -50,7 +50,7 @@ def _product(x_EMK, values_EJkn, topology: BlockTopology, *, transposed: bool, i
     schedule = topology.row_schedule if transposed else topology.column_schedule
     inner = topology.column_index if transposed else topology.row_index
     y = block_product(
-        _pad_rows(x_EMK, tile.rows * tile.cluster),
+        _pad_rows(x_EMK, tile.rows),
         values_EJkn,
         schedule,
         inner,

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,7 @@ INT = jnp.int32
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # 16-bit operands, 128-byte rows
 SMEM_BYTES = 232_448  # what one Hopper multiprocessor lets one program use
 SMEM_RESERVED = 2_048  # barriers and alignment
+# A program starts with 168 registers a thread. What its three warpgroups ask for may not add up to more, or they wait forever.
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
 EPILOGUE = 64  # rows and columns of one store
 
@@ -43,7 +46,6 @@ class ProductTile:
         depth: Contracted features per ring slot; divides the block.
         stages: Ring slots.
         width: Row tiles in a slab; a slab of x should fit in the L2 cache while W streams by.
-        cluster: Multiprocessors that share each block of W by multicast (1 or 2).
         swapped: Multiply as y^T = W^T x^T: each consumer takes half of the columns and all rows of a tile, which
             reads shared memory less often (wgmma of 64 x 256 instead of 2 of 64 x 128) but stores through a transpose.
         stores: Store buffers per consumer.
@@ -53,7 +55,6 @@ class ProductTile:
     depth: int = 64
     stages: int = 4
     width: int = 4
-    cluster: int = 1
     swapped: bool = False
     stores: int = 2
 
@@ -76,6 +77,24 @@ def deal(n_items: int, workers: int, worker: jax.Array, mirror: bool):
     return count, item
 
 
+def multiply_while_storing(steps, one: Callable, stores: Sequence[Callable[[], None]]) -> None:
+    """Runs `one(i, store)` for i in 0 .. steps - 1.
+
+    Args:
+        steps: int32, how many.
+        one: one(i, store) starts the product of step i, calls `store` unless it is None, then waits for the product.
+        stores: what is left to store. The first steps take one each; those for which there is no step are called by themselves.
+    """
+    for number, store in enumerate(stores):
+        lax.fori_loop(number, jnp.minimum(steps, number + 1), lambda i, _, store=store: one(i, store), None)
+
+        @pl.when(steps <= number)
+        def _(store=store):
+            store()
+
+    lax.fori_loop(len(stores), steps, lambda i, _: one(i, None), None)
+
+
 def block_product(
     x_EMK: jax.Array,
     values_EJkn: jax.Array,
@@ -91,7 +110,7 @@ def block_product(
     """Multiplies rows by the stored blocks of each output block column.
 
     Args:
-        x_EMK: [experts, rows, features in], bfloat16 or float16; rows divisible by ``tile.rows * tile.cluster``.
+        x_EMK: [experts, rows, features in], bfloat16 or float16; rows divisible by ``tile.rows``.
         values_EJkn: [experts, blocks, k, n], same dtype; k and n are 64 or 128.
         schedule_E3C: int32 [experts, 3, output block columns]: column, first and one-past-last position in
             `inner_EJ`, by descending number of blocks.
@@ -110,11 +129,11 @@ def block_product(
     if transposed:
         block_in, block_out = block_out, block_in
     columns = schedule_E3C.shape[2]
-    dtype, rows, depth, stages, cluster = x_EMK.dtype, tile.rows, tile.depth, tile.stages, tile.cluster
+    dtype, rows, depth, stages = x_EMK.dtype, tile.rows, tile.depth, tile.stages
     half, half_out = rows // 2, block_out // 2
-    row_tiles = m // (rows * cluster)
-    assert m % (rows * cluster) == 0 and block_in % depth == 0, (m, tile, block_in)
-    workers = multiprocessors // cluster
+    row_tiles = m // rows
+    assert m % rows == 0 and block_in % depth == 0, (m, tile, block_in)
+    workers = multiprocessors
     order = plan_order(row_tiles, columns, workers, tile.width)
     width = order.width
     slabs = row_tiles // width
@@ -123,7 +142,6 @@ def block_product(
 
     def body(x_g, w_g, s_g, i_g, j_g, y_g, x_s, w_s, y_s, full, free):
         group, worker = lax.axis_index("group"), lax.axis_index("worker")
-        peer = lax.axis_index("peer") if cluster > 1 else INT(0)
         count, item = deal(items, workers, worker, order.mirror)
 
         def locate(t):
@@ -133,7 +151,7 @@ def block_product(
             position, row = lax.div(r, INT(width)), slab * width + lax.rem(r, INT(width))
             if order.reverse:
                 position = jnp.where(lax.rem(slab, INT(2)) == (slabs - 1) % 2, position, columns - 1 - position)
-            return e, row * cluster + peer, s_g[e, 0, position], s_g[e, 1, position], s_g[e, 2, position]
+            return e, row, s_g[e, 0, position], s_g[e, 1, position], s_g[e, 2, position]
 
         def ring_slot(step):
             return lax.rem(step, INT(stages))
@@ -162,8 +180,7 @@ def block_product(
                             w_src = w_g.at[e, stored, :, pl.ds(d * depth, depth)]
                         else:
                             w_src = w_g.at[e, stored, pl.ds(d * depth, depth), :]
-                        multicast = {"collective_axes": "peer"} if cluster > 1 else {}
-                        plgpu.copy_gmem_to_smem(w_src, w_s.at[s], full.at[s], **multicast)
+                        plgpu.copy_gmem_to_smem(w_src, w_s.at[s], full.at[s])
                         step = step + 1
                     return step
 
@@ -179,13 +196,36 @@ def block_product(
         def _consume():
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
 
+            shape = (half_out, rows) if tile.swapped else (half, block_out)
+            first_row, first_feature = (0, group * half_out) if tile.swapped else (group * half, 0)
+            height, breadth = shape[::-1] if tile.swapped else shape
+            pieces = list(itertools.product(range(0, height, EPILOGUE), range(0, breadth, EPILOGUE)))
+
+            def store(number, y, place):
+                """Sends piece `number` of a finished tile on its way, if there is one."""
+                e, row, column, finished = place
+                r, c = pieces[number]
+                plgpu.wait_smem_to_gmem(tile.stores - 1, wait_read_only=True)
+                buffer = y_s.at[group, number % tile.stores]
+                if tile.swapped:
+                    buffer.transpose((1, 0))[...] = y[c : c + EPILOGUE, r : r + EPILOGUE]
+                else:
+                    buffer[...] = y[r : r + EPILOGUE, c : c + EPILOGUE]
+                plgpu.commit_smem()
+                target_rows = pl.ds(row * rows + first_row + r, EPILOGUE)
+                target_columns = pl.ds(column * block_out + first_feature + c, EPILOGUE)
+
+                @pl.when(finished)
+                def _():
+                    plgpu.copy_smem_to_gmem(buffer, y_g.at[e, target_rows, target_columns])
+
             def tile_(t, carry):
-                step, (e, row, column, first, last) = carry
+                step, (e, row, column, first, last), y, place = carry
                 upcoming = locate(t + 1)  # these loads fly while this tile is multiplied
                 n = (last - first) * per_block
 
                 def multiply(acc):
-                    def one(i, _):
+                    def one(i, store_piece):
                         s = ring_slot(step + i)
                         plgpu.barrier_wait(full.at[s])
                         w = w_s.at[s].transpose((1, 0)) if transposed else w_s.at[s]
@@ -195,44 +235,25 @@ def block_product(
                             plgpu.wgmma(acc, w, x_s.at[s].transpose((1, 0)))
                         else:
                             plgpu.wgmma(acc, x_s.at[s, pl.ds(group * half, half)], w)
+                        if store_piece is not None:
+                            store_piece()
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(free.at[s])
 
-                    lax.fori_loop(0, n, one, None)
+                    before = [functools.partial(store, number, y, place) for number in range(len(pieces))]
+                    multiply_while_storing(n, one, before)
                     return acc[...].astype(dtype)
 
-                shape = (half_out, rows) if tile.swapped else (half, block_out)
                 y = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
-                first_row, first_feature = (0, group * half_out) if tile.swapped else (group * half, 0)
-                shape = shape[::-1] if tile.swapped else shape
-                pieces = [(r, c) for r in range(0, shape[0], EPILOGUE) for c in range(0, shape[1], EPILOGUE)]
-                for number, (r, c) in enumerate(pieces):
-                    plgpu.wait_smem_to_gmem(tile.stores - 1, wait_read_only=True)
-                    buffer = y_s.at[group, number % tile.stores]
-                    if tile.swapped:
-                        buffer.transpose((1, 0))[...] = y[c : c + EPILOGUE, r : r + EPILOGUE]
-                    else:
-                        buffer[...] = y[r : r + EPILOGUE, c : c + EPILOGUE]
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(
-                        buffer,
-                        y_g.at[
-                            e,
-                            pl.ds(row * rows + first_row + r, EPILOGUE),
-                            pl.ds(column * block_out + first_feature + c, EPILOGUE),
-                        ],
-                    )
-                return step + n, upcoming
+                return step + n, upcoming, y, (e, row, column, jnp.bool_(True))
 
-            lax.fori_loop(0, count, tile_, (INT(0), locate(INT(0))))
+            nothing = jnp.zeros(shape, dtype), (INT(0), INT(0), INT(0), jnp.bool_(False))
+            _, _, y, place = lax.fori_loop(0, count, tile_, (INT(0), locate(INT(0)), *nothing))
+            for number in range(len(pieces)):
+                store(number, y, place)
             plgpu.wait_smem_to_gmem(0)
 
     body.__name__ = "block_product_transposed" if transposed else "block_product"  # shown by profilers
-    clustered = {"cluster": (cluster,), "cluster_names": ("peer",)} if cluster > 1 else {}
-    if cluster > 1:
-        release = functools.partial(plgpu.ClusterBarrier, collective_axes=("peer",))
-    else:
-        release = plgpu.Barrier
     w_slot = (stages, block_out, depth) if transposed else (stages, depth, block_out)
     kernel = plgpu.kernel(
         body,
@@ -246,10 +267,9 @@ def block_product(
             plgpu.SMEM(w_slot, dtype, transforms=SWIZZLED),
             plgpu.SMEM((2, tile.stores, EPILOGUE, EPILOGUE), dtype, transforms=SWIZZLED),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            release(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
-        **clustered,
     )
     return kernel(x_EMK, values_EJkn, schedule_E3C, inner_EJ, slot_EJ)

@@ -9,12 +9,14 @@ INFINITE = 1 << 30
 TILES: dict[str, dict[str, list[tuple[int, dict]]]] = {
     "NVIDIA H100 80GB HBM3": {
         "product": [
-            (8, {"width": 2, "cluster": 1, "swapped": False}),
-            (INFINITE, {"width": 4, "cluster": 1, "swapped": False}),
+            (8, {"width": 2, "stages": 3, "stores": 4, "swapped": False}),
+            (16, {"width": 2, "swapped": False}),
+            (INFINITE, {"width": 4, "swapped": True}),
         ],
         "product_transposed": [
-            (16, {"width": 2, "cluster": 1, "swapped": True}),
-            (INFINITE, {"width": 4, "cluster": 1, "swapped": False}),
+            (8, {"width": 2, "stages": 3, "stores": 4, "swapped": True}),
+            (16, {"width": 2, "swapped": True}),
+            (INFINITE, {"width": 4, "swapped": True}),
         ],
         "sampled_product": [(INFINITE, {"split": True})],
     },

@@ -61,8 +61,6 @@ def product_tile(rows: int, topology, transposed: bool):
     fields = dict(tuned("product_transposed" if transposed else "product", steps_per_tile(topology, transposed)))
     if rows <= 128:
         return ProductTile(rows=128, width=1)
-    if -(-rows // 256) % fields["cluster"]:  # do not pad rows only to fill a cluster
-        fields["cluster"] = 1
     block_out = topology.block_in if transposed else topology.block_out
     if block_out == 64:
         fields["swapped"] = False  # half of 64 columns is too narrow for a store

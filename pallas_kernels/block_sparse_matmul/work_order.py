@@ -45,9 +45,9 @@ def plan_order(row_tiles: int, columns: int, workers: int, width: int) -> WorkOr
     """Chooses the order for a geometry.
 
     Args:
-        row_tiles: Row tiles (of a whole cluster).
+        row_tiles: Row tiles.
         columns: Output block columns.
-        workers: Programs or clusters.
+        workers: Programs.
         width: Wanted row tiles per slab (what fits the L2 cache); changed only where it ruins the balance.
 
     Returns:

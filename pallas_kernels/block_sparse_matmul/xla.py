@@ -1,8 +1,8 @@
 """Block-sparse products in plain XLA whose cost falls with density: the CPU path and the fallback everywhere.
 
-Activations are turned feature-major once, so that the features of a block are contiguous. A loop over output block
-columns then adds up one dot for each stored block; its bounds are read from the topology, so absent blocks cost nothing
-and any pattern is served. (One dot for a group of blocks is hardly faster and takes several times longer to compile.)
+For y and dx activations are turned feature-major once, so that the features of a block are contiguous. A loop over output
+block columns then adds up one dot for each stored block; its bounds are read from the topology, so absent blocks cost
+nothing and any pattern is served. (One dot for a group of blocks is hardly faster and takes several times longer to compile.)
 
 Legend: E experts, M rows, K/N features, J stored blocks, R/C block rows and columns, k/n features inside a block.
 """
@@ -92,18 +92,14 @@ def sampled_product(x_EMK: jax.Array, dy_EMN: jax.Array, topology: BlockTopology
     """The stored blocks of x^T dy per expert, accumulated in float32, in the dtype of x: one dot per block."""
 
     def one_expert(x_MK, dy_MN, topology):
-        m = x_MK.shape[0]
-        x_RkM = x_MK.T.reshape(topology.block_rows, topology.block_in, m)
-        dy_CnM = dy_MN.T.reshape(topology.block_columns, topology.block_out, m)
-        column = block_columns_of(topology.column_start, topology.row_index.shape[-1])
+        column_J = block_columns_of(topology.column_start, topology.row_index.shape[-1])
 
         def block(coordinates):
             row, column = coordinates
-            x = lax.dynamic_index_in_dim(x_RkM, row, 0, keepdims=False)
-            dy = lax.dynamic_index_in_dim(dy_CnM, column, 0, keepdims=False)
-            dot = accumulating_dot(x, dy, ((1,), (1,)), precision)
-            return dot.astype(x.dtype)
+            x_Mk = lax.dynamic_slice_in_dim(x_MK, row * topology.block_in, topology.block_in, axis=1)
+            dy_Mn = lax.dynamic_slice_in_dim(dy_MN, column * topology.block_out, topology.block_out, axis=1)
+            return accumulating_dot(x_Mk, dy_Mn, ((0,), (0,)), precision).astype(x_MK.dtype)
 
-        return lax.map(block, (topology.row_index, column))
+        return lax.map(block, (topology.row_index, column_J))
 
     return _over_experts(one_expert, x_EMK, dy_EMN, topology)

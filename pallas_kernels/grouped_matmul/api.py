@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
 
 from pallas_kernels.grouped_matmul import groups as row_groups
 from pallas_kernels.grouped_matmul.batching import batched
+from pallas_kernels.grouped_matmul.checks import check_rows
 from pallas_kernels.grouped_matmul.groups import RowGroups
+from pallas_kernels.grouped_matmul.rows import sum_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ def grouped_matmul(
       output_index_A: [A] int, fused scatter: sorted row a is written to `y[output_index_A[a]]`; distinct for rows inside groups. Rows not written are zero.
       output_rows: rows O of y, only with `output_index_A`; default A.
       precision: `jax.lax.Precision` of the XLA path for float32 (None: the platform's default, which on GPU may be tf32).
-      backend: "reference", "xla", "mosaic_gpu", "mosaic_tpu", or None to choose when the program is lowered.
+      backend: "reference", "xla", "mosaic_gpu", "triton", "mosaic_tpu", or None to choose when the program is lowered.
       check: also check the values of `group_sizes_E`: at once when they are concrete, through `jax.experimental.checkify` when traced.
 
     Returns:
@@ -66,7 +67,10 @@ def grouped_matmul(
     Raises:
       ValueError: shapes or dtypes do not fit; the message names the argument. With `check`, sizes that are negative or exceed the rows.
     """
-    rows = _checked("grouped_matmul", x_RK, {"w_EKN": w_EKN}, group_sizes_E, row_index_A, inverse_TS, check)
+    rows = check_rows(
+        "grouped_matmul", "x_RK", x_RK, {"w_EKN": w_EKN}, group_sizes_E, "row_index_A", row_index_A, check
+    )
+    _check_inverse(x_RK, row_index_A, inverse_TS)
     if output_index_A is None and output_rows is not None:
         raise ValueError("output_rows: given without output_index_A")
     if output_index_A is not None and output_index_A.shape != (rows,):
@@ -104,47 +108,19 @@ def grouped_swiglu(
     Raises:
       ValueError: as `grouped_matmul`.
     """
-    rows = _checked(
-        "grouped_swiglu", x_RK, {"gate_EKF": gate_EKF, "up_EKF": up_EKF}, group_sizes_E, row_index_A, inverse_TS, check
-    )
+    weights = {"gate_EKF": gate_EKF, "up_EKF": up_EKF}
+    rows = check_rows("grouped_swiglu", "x_RK", x_RK, weights, group_sizes_E, "row_index_A", row_index_A, check)
+    _check_inverse(x_RK, row_index_A, inverse_TS)
     if gate_EKF.shape != up_EKF.shape:
         raise ValueError(f"up_EKF: expected the shape of gate_EKF, {gate_EKF.shape}, got {up_EKF.shape}")
     return _swiglu(_Static(rows, precision, backend), x_RK, gate_EKF, up_EKF, group_sizes_E, row_index_A, inverse_TS)
 
 
-def _checked(name, x_RK, weights, group_sizes_E, row_index_A, inverse_TS, check) -> int:
-    """Check what shapes and dtypes show; returns A."""
-    if x_RK.ndim != 2:
-        raise ValueError(f"x_RK: {name} expects [rows, inner], got shape {x_RK.shape}")
-    if x_RK.dtype not in (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16):
-        raise ValueError(f"x_RK: {name} expects float32, bfloat16 or float16, got {x_RK.dtype}")
-    for key, w in weights.items():
-        if w.ndim != 3 or w.shape[1] != x_RK.shape[1] or w.shape[0] < 1:
-            raise ValueError(
-                f"{key}: expected [experts, {x_RK.shape[1]}, outer] to fit x_RK {x_RK.shape}, got shape {w.shape}"
-            )
-        if w.dtype != x_RK.dtype:
-            raise ValueError(f"{key}: expected the dtype of x_RK, {x_RK.dtype}, got {w.dtype}")
-        if group_sizes_E.shape != w.shape[:1] or not jnp.issubdtype(group_sizes_E.dtype, jnp.integer):
-            raise ValueError(
-                f"group_sizes_E: expected {w.shape[0]} integers, one per expert, got {group_sizes_E.dtype}{list(group_sizes_E.shape)}"
-            )
-    if row_index_A is not None and (row_index_A.ndim != 1 or not jnp.issubdtype(row_index_A.dtype, jnp.integer)):
-        raise ValueError(
-            f"row_index_A: expected a vector of integers, got {row_index_A.dtype}{list(row_index_A.shape)}"
-        )
+def _check_inverse(x_RK, row_index_A, inverse_TS) -> None:
     if inverse_TS is not None and (row_index_A is None or inverse_TS.ndim != 2 or inverse_TS.shape[0] != x_RK.shape[0]):
         raise ValueError(
             f"inverse_TS: expected shape ({x_RK.shape[0]}, S) together with row_index_A, got {inverse_TS.shape}"
         )
-    rows = x_RK.shape[0] if row_index_A is None else row_index_A.shape[0]
-    if check:
-        if isinstance(group_sizes_E, jax.core.Tracer):
-            checkify.debug_check(jnp.all(group_sizes_E >= 0), "group_sizes_E: sizes must not be negative")
-            checkify.debug_check(jnp.sum(group_sizes_E) <= rows, "group_sizes_E: sizes add up to more than the rows")
-        else:
-            row_groups.check_values(group_sizes_E, rows)
-    return rows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -191,10 +167,8 @@ def _swiglu_bwd(static, residuals, dh_AF):
     g32, u32, dh32 = (a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in (g_AF, u_AF, dh_AF))
     silu, silu_vjp = jax.vjp(jax.nn.silu, g32)
     dg_AF, du_AF = silu_vjp(dh32 * u32)[0].astype(x_RK.dtype), (dh32 * silu).astype(x_RK.dtype)
-    rows = _rows(x_RK, row_index_A)
-    dx_AK = _input_gradient(static, dg_AF, gate_EKF, groups, None, rows) + _input_gradient(
-        static, du_AF, up_EKF, groups, None, rows
-    )
+    both = batched("summed_product", transpose=True, precision=static.precision, backend=static.backend)
+    dx_AK = both(dg_AF, du_AF, gate_EKF, up_EKF, groups)
     dgate_EKF, dup_EKF = (_weight_gradient(static, x_RK, d, groups, row_index_A, None) for d in (dg_AF, du_AF))
     return _to_stored_rows(dx_AK, x_RK.shape[0], row_index_A, inverse_TS), dgate_EKF, dup_EKF, None, None, None
 
@@ -226,8 +200,7 @@ def _to_stored_rows(dx_AK, rows, row_index_A, inverse_TS):
         return dx_AK
     wide = jnp.promote_types(dx_AK.dtype, jnp.float32)
     if inverse_TS is not None:
-        dx_TSK = jnp.take(dx_AK, inverse_TS, axis=0, mode="fill", fill_value=0)
-        return dx_TSK.astype(wide).sum(1).astype(dx_AK.dtype)
+        return sum_rows(dx_AK, inverse_TS).astype(dx_AK.dtype)
     return (
         jnp.zeros((rows, dx_AK.shape[1]), wide).at[row_index_A].add(dx_AK.astype(wide), mode="drop").astype(dx_AK.dtype)
     )

@@ -1,4 +1,4 @@
-"""The backends of the three grouped products, most wanted first, and the door to them."""
+"""The backends of the grouped products, most wanted first, and the door to them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import functools
 import jax
 
 from pallas_kernels.backend import Backend, dispatch
-from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_tpu, reference, xla
+from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_tpu, reference, triton, xla
 
 _OPERANDS = {
     "product": ("x", "w", None, "row_index", "output_index"),
     "weight_gradient": ("x", "dy", None, "row_index", "output_index"),
+    "summed_product": ("x", "x2", "w", "w2", None),
     "swiglu": ("x", "gate", "up", None, "row_index"),
 }
 
@@ -30,6 +31,7 @@ def _backends(operation: str, static: dict) -> tuple[Backend, ...]:
         Backend(
             "mosaic_gpu", ("cuda",), functools.partial(mosaic_gpu.supports, operation, transpose), bound(mosaic_gpu)
         ),
+        Backend("triton", ("cuda",), triton.supports, bound(triton)),
         Backend(
             "mosaic_tpu", ("tpu",), functools.partial(mosaic_tpu.supports, operation, transpose), bound(mosaic_tpu)
         ),

@@ -16,14 +16,15 @@ from pallas_kernels.grouped_matmul.groups import RowGroups
 
 @functools.cache
 def batched(operation: str, **static):
-    """The operation ("product", "weight_gradient" or "swiglu") with its static options bound and a batching rule.
+    """The operation ("product", "summed_product", "weight_gradient" or "swiglu") with its static options bound and a batching rule.
 
     Signatures, all arrays: product(x_RK, w_WKN, groups, row_index_A, output_index_A); weight_gradient(x_RK, dy_ON, groups, row_index_A, output_index_A);
-    swiglu(x_RK, gate_WKN, up_WKN, groups, row_index_A). Indices may be None. The last options of `static` go to the backends.
+    summed_product(x_AK, x2_AK, w_WKN, w2_WKN, groups); swiglu(x_RK, gate_WKN, up_WKN, groups, row_index_A). Indices may be None. The last options of `static` go to the backends.
     """
     function = custom_vmap(functools.partial(run, operation, **static))
-    rule = {"product": _product_rule, "weight_gradient": _weight_gradient_rule, "swiglu": _swiglu_rule}[operation]
-    function.def_vmap(functools.partial(rule, static))
+    rules = {"product": _product_rule, "summed_product": _summed_product_rule}
+    rules |= {"weight_gradient": _weight_gradient_rule, "swiglu": _swiglu_rule}
+    function.def_vmap(functools.partial(rules[operation], static))
     return function
 
 
@@ -90,14 +91,29 @@ def _weight_gradient_rule(static, count, in_batched, x, dy, groups, row_index, o
     return dw.reshape(count, -1, *dw.shape[1:]), True
 
 
+def _fold_weights(count, weights, are_batched):
+    """Several weights of the same groups: all stay single, or all are stored once per member."""
+    together = any(are_batched)
+    folded = [
+        _fold_weight(count, w if b == together else jnp.broadcast_to(w, (count, *w.shape)), together)
+        for w, b in zip(weights, are_batched, strict=True)
+    ]
+    return [w for w, _ in folded], folded[0][1]
+
+
+def _summed_product_rule(static, count, in_batched, x, x2, w, w2, groups):
+    x_b, x2_b, w_b, w2_b, groups_b = in_batched
+    rows = x.shape[1 if x_b else 0]
+    weights, step = _fold_weights(count, (w, w2), (w_b, w2_b))
+    operands = _fold(count, x, x_b), _fold(count, x2, x2_b), *weights
+    y = batched("summed_product", **static)(*operands, _fold_groups(count, groups, groups_b, rows, step))
+    return y.reshape(count, rows, -1), True
+
+
 def _swiglu_rule(static, count, in_batched, x, gate, up, groups, row_index):
     x_b, gate_b, up_b, groups_b, row_b = in_batched
     rows = _member_rows(x, x_b, row_index, row_b)
     x, row_index = _fold_rows(count, x, x_b, row_index, row_b)
-    together = gate_b or up_b
-    (gate, step), (up, _) = (
-        _fold_weight(count, w if b == together else jnp.broadcast_to(w, (count, *w.shape)), together)
-        for w, b in ((gate, gate_b), (up, up_b))
-    )
+    (gate, up), step = _fold_weights(count, (gate, up), (gate_b, up_b))
     outs = batched("swiglu", **static)(x, gate, up, _fold_groups(count, groups, groups_b, rows, step), row_index)
     return tuple(o.reshape(count, rows, -1) for o in outs), tuple(True for _ in outs)

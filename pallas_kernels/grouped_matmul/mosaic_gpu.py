@@ -1,4 +1,4 @@
-"""The Hopper backend: what it supports, and the three products on its kernels.
+"""The Hopper backend: what it supports, and the grouped products on its kernels.
 
 Gathered operands are gathered by XLA just before the kernel, and scattered results scattered just after: Hopper's copy engine has no row gather, a copy of one row
 cannot place it in the swizzled tiles that wgmma reads, and XLA moves rows at 80 to 90% of the memory bandwidth. The sorted copy lives only as long as the product.
@@ -33,7 +33,7 @@ def supports(operation: str, transpose: bool, shapes, dtypes, kind: str | None) 
         inner, outer = shapes["x"][1], shapes["dy"][1]
         ok = inner % 128 == 0 and outer % 128 == 0
     else:
-        weight = shapes["w"] if operation == "product" else shapes["gate"]
+        weight = shapes["gate" if operation == "swiglu" else "w"]
         inner, outer = (weight[2], weight[1]) if transpose else (weight[1], weight[2])
         ok = inner % 64 == 0 and outer % 128 == 0
     return None if ok else f"dims must be multiples of 128 (contraction of 64), not {inner} and {outer}"
@@ -57,8 +57,21 @@ def product(
     x_AK = gather(x_RK, row_index_A)
     inner, outer = (w_WKN.shape[2], w_WKN.shape[1]) if transpose else w_WKN.shape[1:]
     tiles = product_tiles(device_kind("cuda"), x_AK.shape[0], inner, outer)
-    (y_AN,) = grouped_product(x_AK, (w_WKN,), groups, tiles=tiles, transpose=transpose, ctas=_multiprocessors())
+    (y_AN,) = grouped_product((x_AK,), (w_WKN,), groups, tiles=tiles, transpose=transpose, ctas=_multiprocessors())
     return scatter(y_AN, output_index_A, output_rows, groups)
+
+
+def summed_product(x_AK, x2_AK, w_WKN, w2_WKN, groups: RowGroups, *, transpose: bool, precision=None):
+    """y[a] = x[a] @ w[group of a] + x2[a] @ w2[group of a] (or the transposes), one accumulator."""
+    from pallas_kernels.grouped_matmul.mosaic_gpu_product import grouped_product
+    from pallas_kernels.grouped_matmul.tiles import product_tiles
+
+    del precision
+    inner, outer = (w_WKN.shape[2], w_WKN.shape[1]) if transpose else w_WKN.shape[1:]
+    tiles = product_tiles(device_kind("cuda"), x_AK.shape[0], inner, outer)
+    rows, weights = (x_AK, x2_AK), (w_WKN, w2_WKN)
+    (y_AN,) = grouped_product(rows, weights, groups, tiles=tiles, transpose=transpose, ctas=_multiprocessors())
+    return y_AN
 
 
 def weight_gradient(x_RK, dy_ON, groups: RowGroups, row_index_A, output_index_A, *, precision=None):
@@ -81,4 +94,4 @@ def swiglu(x_RK, gate_WKN, up_WKN, groups: RowGroups, row_index_A, *, save: bool
     x_AK = gather(x_RK, row_index_A)
     inner, outer = gate_WKN.shape[1:]
     tiles = product_tiles(device_kind("cuda"), x_AK.shape[0], inner, outer, parts=2)
-    return grouped_product(x_AK, (gate_WKN, up_WKN), groups, tiles=tiles, save=save, ctas=_multiprocessors())
+    return grouped_product((x_AK,), (gate_WKN, up_WKN), groups, tiles=tiles, save=save, ctas=_multiprocessors())

@@ -1,7 +1,8 @@
 """Grouped product and grouped SwiGLU on Hopper: persistent CTAs over (row tile, column tile) items, flat ring, wgmma, copies by the tensor copy engine.
 
 A CTA multiplies a row tile of one group with a column tile of its weight; both consumers read the same weight tile. The transposed product (dx) reads the same
-weights through the transposing operand of wgmma. SwiGLU keeps two accumulators of half the width and writes silu(gate) * up.
+weights through the transposing operand of wgmma. SwiGLU keeps two accumulators of half the width and writes silu(gate) * up. The sum of two products (dx of SwiGLU)
+contracts one after the other into one accumulator.
 
 Legend: A rows, W weights, K contraction, N outer dim; bm, bn, bk tile sizes; V row tiles.
 """
@@ -47,34 +48,34 @@ class ProductTiles:
 
 
 def grouped_product(
-    x_AK, weights, groups: RowGroups, *, tiles: ProductTiles, transpose=False, save=False, ctas=132, interpret=None
+    rows, weights, groups: RowGroups, *, tiles: ProductTiles, transpose=False, save=False, ctas=132, interpret=None
 ):
-    """One product (one weight) or SwiGLU (two weights, gate and up) of every row tile.
+    """One product, the sum of two, or SwiGLU, of every row tile.
 
     Args:
-        x_AK: [A, K] rows in sorted order, 16-bit floats; A a multiple of 8 and at least bm; K a multiple of bk.
-        weights: one or two [W, K, N], or [W, N, K] with `transpose`; N a multiple of bn.
+        rows: one or two [A, K] in sorted order, 16-bit floats; A a multiple of 8 and at least bm; K a multiple of bk.
+        weights: one or two [W, K, N], or [W, N, K] with `transpose`; N a multiple of bn. As many as rows: products are added. Two and one: gate and up of SwiGLU.
         groups: row ranges.
-        tiles: tile sizes; with two weights bn counts the columns of one.
+        tiles: tile sizes; for SwiGLU bn counts the columns of one weight.
         transpose: contract the last dim of the weights.
-        save: with two weights, also return both products.
+        save: for SwiGLU, also return both products.
         ctas: number of persistent CTAs (multiprocessors).
         interpret: interpreter parameters for tests.
 
     Returns:
         Tuple of [A, N] arrays: the product, or h, or h, gate product, up product.
     """
-    rows, inner = x_AK.shape
+    (sorted_rows, inner), terms = rows[0].shape, len(rows)
     outer = weights[0].shape[1 if transpose else 2]
     bm, bn, bk, slots = tiles.bm, tiles.bn, tiles.bk, tiles.slots
-    dtype, parts = x_AK.dtype, len(weights)
+    dtype, parts = rows[0].dtype, len(weights) if terms == 1 else 1  # accumulators
     outs = 3 if save else 1
     steps, columns, wm = inner // bk, outer // (bn * tiles.cluster), bm // 2
-    listed = row_tiles(groups, rows, bm)
+    listed = row_tiles(groups, sorted_rows, bm)
 
-    def body(tiles_g, count_g, x_g, *refs):
-        w_gs, out_gs = refs[:parts], refs[parts : parts + outs]
-        x_s, w_s, buffers, full, free = refs[parts + outs :]
+    def body(tiles_g, count_g, *refs):
+        x_gs, w_gs, out_gs = refs[:terms], refs[terms:][: len(weights)], refs[terms + len(weights) :][:outs]
+        x_s, w_s, buffers, full, free = refs[terms + len(weights) + outs :]
         warpgroup = lax.axis_index("wg")
         with_steps, all_tiles = count_g[0], count_g[1]
 
@@ -87,21 +88,27 @@ def grouped_product(
             v, n, length = place(item)
             row, weight = pl.multiple_of(tiles_g[0, v], 8), tiles_g[3, v]
 
-            def load(k, step):
-                slot = acquire(step, slots, free)
-                source = x_g.at[pl.ds(row, bm), pl.ds(k * bk, bk)]
-                plgpu.copy_gmem_to_smem(source, x_s.at[slot], full.at[slot], **shared_by_cluster(tiles.cluster))
-                for part, w_g in enumerate(w_gs):
-                    ks, ns = pl.ds(k * bk, bk), pl.ds(n * bn, bn)
-                    source = w_g.at[weight, ns, ks] if transpose else w_g.at[weight, ks, ns]
-                    plgpu.copy_gmem_to_smem(source, w_s.at[slot, part], full.at[slot])
-                return step + 1
+            def load(x_g, w_gs):
+                def one(k, step):
+                    slot = acquire(step, slots, free)
+                    source = x_g.at[pl.ds(row, bm), pl.ds(k * bk, bk)]
+                    plgpu.copy_gmem_to_smem(source, x_s.at[slot], full.at[slot], **shared_by_cluster(tiles.cluster))
+                    for part, w_g in enumerate(w_gs):
+                        ks, ns = pl.ds(k * bk, bk), pl.ds(n * bn, bn)
+                        source = w_g.at[weight, ns, ks] if transpose else w_g.at[weight, ks, ns]
+                        plgpu.copy_gmem_to_smem(source, w_s.at[slot, part], full.at[slot])
+                    return step + 1
 
-            return lax.fori_loop(0, length, load, step)
+                return one
+
+            for x_g, term_weights in zip(x_gs, [w_gs] if terms == 1 else [(w_g,) for w_g in w_gs], strict=True):
+                step = lax.fori_loop(0, length, load(x_g, term_weights), step)
+            return step
 
         def consume(item, step):
             v, n, length = place(item)
             row, own, end = tiles_g[0, v] + warpgroup * wm, tiles_g[1, v], tiles_g[2, v]
+            length = length * terms
 
             def multiply(*accumulators):
                 def one(i, _):
@@ -134,7 +141,7 @@ def grouped_product(
 
     out = plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct((rows, outer), dtype)] * outs,
+        out_type=[jax.ShapeDtypeStruct((sorted_rows, outer), dtype)] * outs,
         **ring_grid(ctas // tiles.cluster, tiles.cluster),
         num_threads=3,
         thread_name="wg",
@@ -147,5 +154,5 @@ def grouped_product(
             free_barriers(slots, tiles.cluster),
         ],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
-    )(*listed, x_AK, *weights)
+    )(*listed, *rows, *weights)
     return tuple(out)

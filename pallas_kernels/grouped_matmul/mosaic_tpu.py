@@ -19,7 +19,7 @@ def supports(operation: str, transpose: bool, shapes, dtypes, kind: str | None) 
     if operation == "weight_gradient":
         dims = shapes["x"][1], shapes["dy"][1]
     else:
-        dims = (shapes["w"] if operation == "product" else shapes["gate"])[1:]
+        dims = shapes["gate" if operation == "swiglu" else "w"][1:]
     if any(d % 128 for d in dims):
         return f"dims must be multiples of 128, not {dims[0]} and {dims[1]}"
     rows = shapes.get("row_index", shapes["x"])[0]
@@ -35,6 +35,12 @@ def product(
     x_AK = gather(x_RK, row_index_A)
     (y_AN,) = grouped_product(x_AK, (w_WKN,), groups, transpose=transpose, outs=1, precision=precision)
     return scatter(y_AN, output_index_A, output_rows, groups)
+
+
+def summed_product(x_AK, x2_AK, w_WKN, w2_WKN, groups: RowGroups, *, transpose: bool, precision=None):
+    """y[a] = x[a] @ w[group of a] + x2[a] @ w2[group of a] (or the transposes), each product rounded to the dtype of x."""
+    options = {"transpose": transpose, "output_rows": x_AK.shape[0], "precision": precision}
+    return product(x_AK, w_WKN, groups, None, None, **options) + product(x2_AK, w2_WKN, groups, None, None, **options)
 
 
 def weight_gradient(x_RK, dy_ON, groups: RowGroups, row_index_A, output_index_A, *, precision=None):

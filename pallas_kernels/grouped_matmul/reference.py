@@ -38,6 +38,15 @@ def product(
     return jnp.zeros((output_rows, y.shape[1]), y.dtype).at[target_A].set(y, mode="drop")
 
 
+def summed_product(x_AK, x2_AK, w_WKN, w2_WKN, groups: RowGroups, *, transpose: bool, precision=None):
+    """y[a] = x[a] @ w[group of a] + x2[a] @ w2[group of a] (or the transposes)."""
+    dtype = x_AK.dtype
+    x_AK, x2_AK = x_AK.astype(jnp.float32), x2_AK.astype(jnp.float32)
+    options = {"transpose": transpose, "output_rows": x_AK.shape[0], "precision": precision}
+    y_AN = product(x_AK, w_WKN, groups, None, None, **options) + product(x2_AK, w2_WKN, groups, None, None, **options)
+    return y_AN.astype(dtype)
+
+
 def weight_gradient(x_RK, dy_ON, groups: RowGroups, row_index_A, output_index_A, *, precision=None):
     """dw[g] = x(rows of g)^T dy(rows of g), one matrix per group."""
     del precision

@@ -26,15 +26,18 @@ class Tiles(NamedTuple):
     count_2: jax.Array
 
 
-def row_tiles(groups: RowGroups, rows: int, height: int) -> Tiles:
-    """Tiles of `height` rows over the groups in order, then over the gaps between them. Needs rows >= height and rows a multiple of 8."""
-    assert rows >= height and rows % ALIGN == 0 and height % ALIGN == 0
+def row_tiles(groups: RowGroups, rows: int, height: int, align: int = ALIGN) -> Tiles:
+    """Tiles of `height` rows over the groups in order, then over the gaps between them.
+
+    First rows are multiples of `align`, and a tile never sticks out of the rows, which needs rows >= height. With `align` 1 a tile begins at its first own row.
+    """
+    assert height % align == 0 and (align == 1 or rows >= height and rows % align == 0)
     end_G = groups.start_G + groups.size_G
     zero = jnp.zeros((1,), jnp.int32)
     start_J = jnp.concatenate([groups.start_G, zero, end_G])
     end_J = jnp.concatenate([end_G, groups.start_G, zero + rows])
     weight_J = jnp.concatenate([groups.weight_G, jnp.zeros_like(groups.weight_G), zero])
-    first_J = start_J // ALIGN * ALIGN
+    first_J = start_J // align * align
     tiles_J = jnp.where(end_J > start_J, (end_J - first_J + height - 1) // height, 0)
     ranges = start_J.shape[0]
     upto_J = jnp.cumsum(tiles_J, dtype=jnp.int32)
@@ -42,7 +45,7 @@ def row_tiles(groups: RowGroups, rows: int, height: int) -> Tiles:
     # The range of a tile: how many ranges end at or before it. A comparison table is one fused reduction; a search is a loop.
     range_V = jnp.minimum(jnp.sum(upto_J[None, :] <= tile_V[:, None], axis=1, dtype=jnp.int32), ranges - 1)
     begin_V = first_J[range_V] + (tile_V - (upto_J - tiles_J)[range_V]) * height
-    first_V = jnp.clip(begin_V, 0, rows - height)
+    first_V = jnp.clip(begin_V, 0, max(0, rows - height))
     own_V = jnp.maximum(begin_V, start_J[range_V])
     stop_V = jnp.minimum(begin_V + height, end_J[range_V])
     count_2 = jnp.stack([upto_J[groups.start_G.shape[0] - 1], upto_J[-1]])

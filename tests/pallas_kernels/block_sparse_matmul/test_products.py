@@ -220,3 +220,27 @@ def test_check_mode_refuses_a_trace_and_finds_a_fault():
     block_sparse_matmul(x, values, topology, check=True)
     with pytest.raises(ValueError, match="topology is traced"):
         jax.jit(lambda t: block_sparse_matmul(x, values, t, check=True))(topology)
+
+
+def test_a_permutation_of_the_input_columns_equals_permuting_x_first():
+    topology, x, values, dy = small()
+    permutation = jnp.asarray(np.random.default_rng(0).permutation(x.shape[-1]))
+
+    def permuted(x, v):
+        return block_sparse_matmul(
+            x, v, topology, input_permutation=permutation, check=not isinstance(x, jax.core.Tracer)
+        )
+
+    def plain(x, v):
+        return block_sparse_matmul(x[..., permutation], v, topology)
+
+    np.testing.assert_array_equal(permuted(x, values), plain(x, values))
+    gradients = [jax.jit(lambda x, v, f=f: jax.vjp(f, x, v)[1](dy))(x, values) for f in (permuted, plain)]
+    jax.tree.map(np.testing.assert_array_equal, *gradients)
+
+
+@pytest.mark.parametrize("permutation", [jnp.arange(63), jnp.ones((64,)), jnp.zeros((64,), jnp.int32)])
+def test_what_is_no_permutation_of_the_input_columns_is_named(permutation):
+    topology, x, values, _ = small()
+    with pytest.raises(ValueError, match="input_permutation"):
+        block_sparse_matmul(x, values, topology, input_permutation=permutation, check=True)

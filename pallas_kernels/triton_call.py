@@ -1,0 +1,58 @@
+"""Calling Triton kernels from JAX through jax-triton: whether that works here, and how exact float32 products are asked for."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.backend import device_kind
+
+# Devices whose programs may use 160 KiB of shared memory; the others get tiles that fit 99 KiB (compute capability 8.6).
+LARGE_SHARED_MEMORY = ("A100", "A800", "H100", "H200", "H800", "H20", "GH200", "B200", "GB200", "B300")
+# Exact float32 without tensor cores; three tf32 products (about 1e-6); one tf32 product (about 1e-3).
+FLOAT32_PRODUCTS = {lax.Precision.HIGHEST: "ieee", lax.Precision.HIGH: "tf32x3", lax.Precision.DEFAULT: "tf32"}
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """None if Triton kernels can be called from JAX in this process, else the reason."""
+    try:
+        import jax_triton
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"needs jax-triton and triton ({error})"
+    return None if hasattr(jax_triton, "triton_call") else "this jax-triton has no triton_call"
+
+
+def large_tiles() -> bool:
+    """True if the CUDA device has the shared memory for three stages of 128 x 256 tiles."""
+    kind = device_kind("cuda") or ""
+    return any(name in kind for name in LARGE_SHARED_MEMORY)
+
+
+def dot_precision(dtype, precision: lax.Precision | None) -> str:
+    """The `input_precision` of Triton's dot for operands of `dtype`; 16-bit operands have one only."""
+    if jnp.dtype(dtype) != jnp.float32:
+        return "ieee"
+    return FLOAT32_PRODUCTS[lax.Precision.HIGHEST if precision is None else precision]
+
+
+def call(kernel, *arguments, out_shape, grid, num_warps: int, num_stages: int, zeroed_outputs=(), **static):
+    """Launches `kernel` with arrays as arguments and `static` as compile-time ones; returns its outputs.
+
+    Outputs follow the inputs in the kernel's signature, as pointers.
+    """
+    import jax_triton
+
+    return jax_triton.triton_call(
+        *arguments,
+        kernel=kernel,
+        out_shape=out_shape,
+        grid=grid,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        zeroed_outputs=zeroed_outputs,
+        **static,
+    )
