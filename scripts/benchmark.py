@@ -50,6 +50,10 @@ def kernels(options: argparse.Namespace) -> None:
 
 def tune(options: argparse.Namespace) -> None:
     """Times every candidate tiling of the operations named by --op."""
+    from pallas_kernels.benchmark.timing import has_device_timer
+
+    if not has_device_timer():
+        sys.exit("benchmark.py tune: needs a CUDA GPU, JAX sees none here")
     if options.op in ("block_sparse", "all"):
         from pallas_kernels.benchmark import block_sparse
 

@@ -121,7 +121,7 @@ def measure(case: Case, dtype=jnp.bfloat16, *, rounds: int = 2, norms: bool = Fa
     arguments = (x, dy, values, batched)
     jobs: dict[str, tuple] = {name: (function, arguments) for name, function in sparse_products(backend).items()}
     jobs |= {f"dense {name}": (function, (x, dy, w)) for name, function in DENSE.items()}
-    jobs["masked forward"] = (DENSE["forward"], (x, dy, masked))
+    jobs |= {f"masked {name}": (DENSE[name], (x, dy, masked)) for name in ("forward", "dx")}
     if norms:
         sizes = {"block_in": case.block, "block_out": case.block, "backend": backend}
         jobs["norms"] = (lambda x, dy: block_gradient_norms(x[0], dy[0], **sizes), (x, dy))
@@ -162,8 +162,8 @@ def measure(case: Case, dtype=jnp.bfloat16, *, rounds: int = 2, norms: bool = Fa
                 (case.m * (case.k + case.n)) * jnp.dtype(dtype).itemsize if name == "norms" else useful["bytes"]
             )
             row["of_roofline"] = max(flops / peak[0], bytes_moved / peak[1]) / timing.median
-        if name == "forward" and "masked forward" in timings:
-            row["speedup_over_masked"] = timings["masked forward"].median / timing.median
+        if f"masked {name}" in timings:
+            row["speedup_over_masked"] = timings[f"masked {name}"].median / timing.median
         rows.append(row)
     if all(name in timings for name in PRODUCTS):
         total = sum(timings[name].median for name in PRODUCTS)
@@ -258,21 +258,22 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
     except ImportError:
         print("matplotlib is not installed: no picture")
         return
-    shapes = sorted({(r["m"], r["k"], r["n"]) for r in rows if r["block"] == 128 and "speedup" in r})
-    figure, axes = plt.subplots(1, len(shapes), figsize=(4.2 * len(shapes), 4), squeeze=False, sharey=True)
-    for axis, shape in zip(axes[0], shapes, strict=True):
+    drawn = [r for r in rows if r.get("balanced") and "speedup" in r]
+    weights = [(r["m"], r["k"], r["n"], r["block"]) for r in drawn if r["product"] == "forward"]
+    weights = sorted({weight for weight in weights if weights.count(weight) >= 2})
+    if not weights:
+        print("no weight was timed at two densities: no picture")
+        return
+    figure, axes = plt.subplots(1, len(weights), figsize=(4.2 * len(weights), 4), squeeze=False, sharey=True)
+    for axis, weight in zip(axes[0], weights, strict=True):
         ideal = np.geomspace(0.04, 1, 50)
         axis.plot(ideal, 1 / ideal, "k--", linewidth=1, label="ideal, 1 / density")
         axis.axhline(1, color="grey", linewidth=0.8)
         for product in (*PRODUCTS, "all three"):
             points = sorted(
                 (r["achieved_density"], r["speedup"])
-                for r in rows
-                if (r["m"], r["k"], r["n"]) == shape
-                and r["block"] == 128
-                and r["balanced"]
-                and r["product"] == product
-                and "speedup" in r
+                for r in drawn
+                if (r["m"], r["k"], r["n"], r["block"]) == weight and r["product"] == product
             )
             if len(points) < 2:
                 continue
@@ -281,7 +282,8 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
                 f", break-even {point:.2f}" if point else ", faster at every density" if points[-1][1] >= 1 else ""
             )
             axis.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
-        axis.set(xscale="log", yscale="log", xlabel="density", title=f"M {shape[0]}, {shape[1]} x {shape[2]}")
+        m, k, n, block = weight
+        axis.set(xscale="log", yscale="log", xlabel="density", title=f"M {m}, {k} x {n}, blocks of {block}")
         axis.legend(fontsize=7)
     axes[0][0].set_ylabel("speed-up over dense (random weights)")
     figure.tight_layout()
