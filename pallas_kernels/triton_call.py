@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax.numpy as jnp
 from jax import lax
@@ -11,6 +12,7 @@ from pallas_kernels.backend import device_kind
 
 # Devices whose programs may use 160 KiB of shared memory; the others get tiles that fit 99 KiB (compute capability 8.6).
 LARGE_SHARED_MEMORY = ("A100", "A800", "H100", "H200", "H800", "H20", "GH200", "B200", "GB200", "B300")
+NEEDS_TRITON_3_7 = (0, 4)  # jax-triton from this version on
 # Exact float32 without tensor cores; three tf32 products (about 1e-6); one tf32 product (about 1e-3).
 FLOAT32_PRODUCTS = {lax.Precision.HIGHEST: "ieee", lax.Precision.HIGH: "tf32x3", lax.Precision.DEFAULT: "tf32"}
 
@@ -20,10 +22,17 @@ def unavailable() -> str | None:
     """None if Triton kernels can be called from JAX in this process, else the reason."""
     try:
         import jax_triton
-        import triton  # noqa: F401
-    except ImportError as error:
+        import triton
+    except (ImportError, AttributeError) as error:
         return f"needs jax-triton and triton ({error})"
-    return None if hasattr(jax_triton, "triton_call") else "this jax-triton has no triton_call"
+    caller, compiler = _version(jax_triton), _version(triton)
+    if caller >= NEEDS_TRITON_3_7 and compiler < (3, 7):
+        return f"jax-triton {jax_triton.__version__} needs triton 3.7, found {triton.__version__}"
+    return None
+
+
+def _version(module) -> tuple[int, ...]:
+    return tuple(int(digits) for digits in re.findall(r"\d+", module.__version__)[:2])
 
 
 def large_tiles() -> bool:

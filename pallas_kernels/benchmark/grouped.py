@@ -238,7 +238,7 @@ def draw(report, path: str) -> None:
         axis.bar(places, [of.get(group, 0) for group in groups], 0.8 / len(labels), label=label)
     axis.set_xticks(range(len(groups)), ["\n".join(group) for group in groups], fontsize=7)
     axis.set_ylabel("TFLOP/s of useful work")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, ncols=len(labels), loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     print(f"wrote {path}")

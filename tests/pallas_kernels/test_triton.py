@@ -1,5 +1,8 @@
 """The Triton kernels: who gets them, and values on a GPU. They need jax-triton, which imports only where JAX has its CUDA plugin."""
 
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +23,14 @@ def test_without_jax_triton_the_reason_is_given(monkeypatch):
     arguments = {"values": (1, 4, 64, 64), "x": (8, 256)}, {"values": jnp.bfloat16, "x": jnp.bfloat16}, "NVIDIA A10G"
     for supports in (block_sparse.supports, grouped.supports):
         assert "jax-triton" in supports(*arguments)
+
+
+def test_versions_that_do_not_fit_each_other_have_a_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax_triton", types.SimpleNamespace(__version__="0.4.1"))
+    for triton_version, fits in (("3.6.0", False), ("3.7.1", True)):
+        monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=triton_version))
+        reason = triton_call.unavailable.__wrapped__()
+        assert reason is None if fits else "needs triton 3.7" in reason
 
 
 @pytest.mark.parametrize(
