@@ -114,6 +114,11 @@ def _connect(config: Distributed) -> "Cluster":
     jax.config.update("jax_enable_preemption_service", False)
     # Otherwise the service kills every process as soon as one is missed, before anybody could say which.
     jax.config.update("jax_enable_recoverability", True)
+    address = config.coordinator or f"the address that cluster = {config.cluster!r} says"
+    undo = _on_abort(
+        f"not all {config.processes or ''} processes met at {address} within distributed.connect_timeout_s = "
+        f"{config.connect_timeout_s:g}. Look for one that ended, or was not started, and start all again."
+    )
     try:
         jax.distributed.initialize(
             config.coordinator,
@@ -124,9 +129,10 @@ def _connect(config: Distributed) -> "Cluster":
             heartbeat_timeout_seconds=max(10, round(config.peer_timeout_s)),
         )
     except (RuntimeError, ValueError) as error:
-        address = config.coordinator or f"the environment of cluster = {config.cluster!r}"
         allowed = f"an address where all processes meet within {config.connect_timeout_s:g} s ({str(error).splitlines()[0][:300]})"
         raise ConfigError("distributed.coordinator", address, allowed) from None
+    finally:
+        undo()
     state = jax._src.distributed.global_state  # the store has no public door
     cluster = Cluster(config, state.client, state.process_id, state.num_processes)
     cluster.start()
@@ -178,9 +184,9 @@ class Cluster:
         """Says that this process does something; a process that says nothing for long counts as hanging."""
         self._progress, self._activity = self._progress + 1, activity
 
-    def sign_of_life(self) -> str:
-        """Returns what this process writes into the store: how far it is, and with what."""
-        return json.dumps([self._progress, self._activity])
+    def sign_of_life(self, beat: int) -> str:
+        """Returns what this process writes into the store at a beat: that it lives, how far it is, and with what."""
+        return json.dumps([beat, self._progress, self._activity])
 
     def barrier(self, activity: str) -> None:
         """Waits for all processes. They must call this in the same order."""
@@ -296,11 +302,12 @@ class Judge:
 
     def __init__(self, expected: range, peer_timeout_s: float, stall_timeout_s: float, now: float):
         self._peer_timeout_s, self._stall_timeout_s = peer_timeout_s, stall_timeout_s
-        self._beats = dict.fromkeys(expected, ("", now))
+        self._beats = dict.fromkeys(expected, (-1, now))
         self._progress: dict[int, tuple[int, str, float]] = dict.fromkeys(expected, (-1, "starting", now))
 
-    def hear(self, index: int, beat: str, progress: int, activity: str, now: float) -> None:
-        """Takes one sign of life: a text that changes with every beat, and how far the process is."""
+    def hear(self, index: int, sign_of_life: str, now: float) -> None:
+        """Takes what `Cluster.sign_of_life` wrote."""
+        beat, progress, activity = json.loads(sign_of_life)
         if self._beats[index][0] != beat:
             self._beats[index] = (beat, now)
         if self._progress[index][0] != progress:
@@ -348,7 +355,7 @@ class Watchdog(threading.Thread):
                 judge = Judge(watched, config.peer_timeout_s, config.stall_timeout_s, now)
             woke = now
             try:
-                sign = json.dumps([beats, cluster.sign_of_life()])
+                sign = cluster.sign_of_life(beats)
                 self._client.key_value_set(f"beat/{cluster.index}", sign, allow_overwrite=True)
                 if cluster.first:
                     self._client.key_value_set("first/beat", sign, allow_overwrite=True)
@@ -369,8 +376,7 @@ class Watchdog(threading.Thread):
         cluster = self._cluster
         now = time.monotonic()
         for key, sign in self._client.key_value_dir_get("beat/"):
-            beat, life = json.loads(sign)
-            judge.hear(number(key), str(beat), *json.loads(life), now)
+            judge.hear(number(key), sign, now)
         failed = sorted(self._client.key_value_dir_get("failed/"), key=lambda item: number(item[0]))
         verdict: tuple[str, int] | None = None
         if failed:
@@ -380,9 +386,9 @@ class Watchdog(threading.Thread):
             seconds = f"{cluster.config.peer_timeout_s:g} s (distributed.peer_timeout_s)"
             verdict = f"no sign of life for {seconds} from {names}", RESUMABLE
         elif found := judge.hanging(now):
-            index, activity, seconds = found
+            index, activity, stalled_s = found
             limit = f"distributed.stall_timeout_s = {cluster.config.stall_timeout_s:g}"
-            verdict = f"{cluster.name(index)} hangs: {activity!r} for {seconds:.0f} s ({limit})", RESUMABLE
+            verdict = f"{cluster.name(index)} hangs: {activity!r} for {stalled_s:.0f} s ({limit})", RESUMABLE
         if verdict is not None:
             self._client.key_value_set("first/verdict", json.dumps(verdict), allow_overwrite=True)
             # The service lives in this process: the others must have read the verdict before it ends.
@@ -396,8 +402,7 @@ class Watchdog(threading.Thread):
             self._end(*json.loads(found["first/verdict"]), grace_s=2 * BEAT_S)
         now = time.monotonic()
         if "first/beat" in found:
-            beat, life = json.loads(found["first/beat"])
-            judge.hear(0, str(beat), *json.loads(life), now)
+            judge.hear(0, found["first/beat"], now)
         if judge.dead(now):
             self._end(
                 f"no sign of life for {cluster.config.peer_timeout_s:g} s from {cluster.name(0)}", RESUMABLE, grace_s=0
