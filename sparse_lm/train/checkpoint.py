@@ -31,7 +31,7 @@ from sparse_lm.parallel.rules import spec_of
 from sparse_lm.train import checkpoint_files
 from sparse_lm.train.state import TrainState, is_empty, unrolled
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each save at warning level.
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax warns of each save, and prints what it also raises.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

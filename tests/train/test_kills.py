@@ -15,7 +15,7 @@ from sparse_lm.data.pipeline import prepare, train_stream
 from sparse_lm.train.checkpoint import read_checkpoint
 from sparse_lm.train.checkpoint_files import newest_sound_step, step_directories
 
-EVERY = 5
+EVERY = 10
 INSIDE = [
     ("kill_in_save", 1, "submitted"),
     ("kill_in_save", 1, "begun", 0.02),
@@ -71,12 +71,12 @@ def campaign(folder: pathlib.Path, kills: int, seed: int) -> None:
     inside = [INSIDE[i % len(INSIDE)] for i in range(kills // 4)]
     at_start = [("kill_after", 0, draw.uniform(0.0, 4.0)) for _ in range(kills // 10)]
     while_running = [
-        ("kill_after", draw.randint(1, 5), draw.uniform(0.0, 0.03)) for _ in range(kills - len(inside) - len(at_start))
+        ("kill_after", draw.randint(1, 12), draw.uniform(0.0, 0.01)) for _ in range(kills - len(inside) - len(at_start))
     ]
     hooks = inside + at_start + while_running
     draw.shuffle(hooks)
-    # Each hook takes effect long before its run can be over: two save intervals, or five steps and what passes in 0.03 s.
-    steps = 10 * kills
+    # Each hook takes effect long before its run can be over: two save intervals, or twelve steps and what passes in 0.01 s.
+    steps = 12 * kills
     straight, killed = folder / f"straight_{kills}", folder / f"killed_{kills}"
     assert run_all(Child(str(folder), str(straight), changes(steps))) == [0]
 
@@ -111,12 +111,12 @@ def test_a_hundred_kills_change_no_bit(folder: pathlib.Path) -> None:
 
 def test_a_full_disk_is_an_error_that_leaves_earlier_steps_intact(folder: pathlib.Path) -> None:
     run_dir = folder / "full"
-    child = Child(str(folder), str(run_dir), changes(12), hook=("limit_file_size", 10, 20_000))
+    child = Child(str(folder), str(run_dir), changes(24), hook=("limit_file_size", 20, 40_000))
     assert run_all(child) == [2]
     text = child.log().read_text()
-    assert f"error: saving step 10 to {run_dir / 'checkpoints'} failed:" in text and "Finished checkpoints: [5]" in text
+    assert f"error: saving step 20 to {run_dir / 'checkpoints'} failed:" in text and "Finished checkpoints: [10]" in text
     checkpoints = epath.Path(run_dir / "checkpoints")
-    assert newest_sound_step(checkpoints, keep_damaged=True) == (5, [])
-    assert [path.name for path in checkpoints.iterdir()] == ["5"]  # the unfinished save no longer fills the disk
-    assert run_all(Child(str(folder), str(run_dir), changes(12))) == [0]
-    assert read_checkpoint(checkpoints).step == 12
+    assert newest_sound_step(checkpoints, keep_damaged=True) == (10, [])
+    assert [path.name for path in checkpoints.iterdir()] == ["10"]  # the unfinished save no longer fills the disk
+    assert run_all(Child(str(folder), str(run_dir), changes(24))) == [0]
+    assert read_checkpoint(checkpoints).step == 24
