@@ -69,7 +69,7 @@ def campaign(folder: pathlib.Path, kills: int, seed: int) -> None:
     """Kills a run over and over, then lets it finish and compares it with one that was never killed."""
     draw = random.Random(seed)
     inside = [INSIDE[i % len(INSIDE)] for i in range(kills // 4)]
-    at_start = [("kill_after", 0, draw.uniform(0.0, 4.0)) for _ in range(kills // 10)]
+    at_start = [("kill_after", 0, draw.uniform(0.0, 1.5)) for _ in range(kills // 10)]
     while_running = [
         ("kill_after", draw.randint(1, 12), draw.uniform(0.0, 0.01)) for _ in range(kills - len(inside) - len(at_start))
     ]
@@ -114,7 +114,9 @@ def test_a_full_disk_is_an_error_that_leaves_earlier_steps_intact(folder: pathli
     child = Child(str(folder), str(run_dir), changes(24), hook=("limit_file_size", 20, 40_000))
     assert run_all(child) == [2]
     text = child.log().read_text()
-    assert f"error: saving step 20 to {run_dir / 'checkpoints'} failed:" in text and "Finished checkpoints: [10]" in text
+    assert (
+        f"error: saving step 20 to {run_dir / 'checkpoints'} failed:" in text and "Finished checkpoints: [10]" in text
+    )
     checkpoints = epath.Path(run_dir / "checkpoints")
     assert newest_sound_step(checkpoints, keep_damaged=True) == (10, [])
     assert [path.name for path in checkpoints.iterdir()] == ["10"]  # the unfinished save no longer fills the disk
