@@ -278,3 +278,8 @@ def limit_file_size(step: int, size: int) -> None:
 def chdir(directory: str) -> None:
     """Works in another directory, as a process on another host would."""
     os.chdir(directory)
+
+
+def environment(variables: dict[str, str]) -> None:
+    """Sets environment variables, as a launcher does."""
+    os.environ.update(variables)

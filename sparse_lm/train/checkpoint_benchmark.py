@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -163,12 +164,15 @@ def stall(recipe: Recipe, steps: int, every: int) -> dict[str, Any]:
     def clock(self: Checkpointer) -> None:
         polls.append(time.perf_counter())
 
-    Checkpointer.save, Checkpointer.poll = timed, clock  # type: ignore[method-assign]
     found: dict[str, Any] = {"steps": steps, "every": every}
     for name, saves in (("without", 0), ("with", every)):
         calls.clear()
         polls.clear()
-        with tempfile.TemporaryDirectory() as run_dir:
+        with (
+            tempfile.TemporaryDirectory() as run_dir,
+            mock.patch.object(Checkpointer, "save", timed),
+            mock.patch.object(Checkpointer, "poll", clock),
+        ):
             loop.train(override(recipe, "checkpoint.every", saves), pathlib.Path(run_dir))
         # From the second save on: the first compiles the copy. The last save is that of the end.
         begin = min(2 * every, steps - 1)

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny
-from processes import STEPS, Child, pair, run_all
+from processes import STEPS, Child, free_port, pair, run_all
 
 from sparse_lm.train.checkpoint import read_checkpoint
 
@@ -137,6 +137,34 @@ def test_processes_that_differ_are_told_apart(folder: pathlib.Path) -> None:
         )
         assert re.search(r"process 1 .*: seed = 5; process 0 .*: 0", log)
     assert not (run_dir / "config.json").exists()
+
+
+@pytest.mark.parametrize("cluster", ["slurm", "auto"])
+def test_slurm_says_who_is_who(cluster: str, folder: pathlib.Path) -> None:
+    # The variables that srun sets. That the processes meet, and which is number 1, shows in what they find to differ.
+    run_dir, port = folder / f"slurm_{cluster}", free_port()
+
+    def child(number: int) -> Child:
+        variables = {
+            "SLURM_JOB_ID": "4711",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": str(number),
+            "SLURM_LOCALID": str(number),
+            "JAX_COORDINATOR_PORT": str(port),
+        }
+        return Child(
+            str(folder),
+            f"{run_dir}_{number}",
+            {"seed": number},
+            distributed={"cluster": cluster},
+            hook=("environment", variables),
+        )
+
+    children = [child(0), child(1)]
+    assert run_all(*children) == [2, 2]
+    for one in children:
+        assert re.search(r"process 1 \(\S+, pid \d+\): seed = 1; process 0 \(\S+, pid \d+\): 0", one.log().read_text())
 
 
 def test_processes_that_see_different_data_are_told_apart(folder: pathlib.Path) -> None:
