@@ -245,7 +245,7 @@ def kill_in_save(which: int, point: str, delay_s: float = 0.0) -> None:
 
 
 def kill_after(steps: int, delay_s: float) -> None:
-    """Kills this process some time after it has begun so many steps; 0 steps: some time after its start."""
+    """Kills this process some time after it has begun so many steps, of which it takes few more; 0: some time after its start."""
 
     def start_timer() -> None:
         threading.Timer(delay_s, signal_self, ("SIGKILL",)).start()
@@ -255,6 +255,7 @@ def kill_after(steps: int, delay_s: float) -> None:
         return
     globals()["start_timer"] = start_timer
     at_step(steps, "start_timer")
+    at_step(steps + 3, "sleep_forever")  # however late the kill comes on a busy machine
 
 
 def limit_file_size(step: int, size: int) -> None:
@@ -267,6 +268,7 @@ def limit_file_size(step: int, size: int) -> None:
 
     def save_on_full_disk(self: Any, at: int, *arguments: Any) -> None:
         if at == step:
+            self.wait()
             with contextlib.suppress(ValueError):
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

@@ -231,9 +231,12 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits for the last save and closes."""
-        self.wait()
-        self._thread.shutdown()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            with contextlib.suppress(Exception):  # Orbax raises once more what `wait` has raised
+                self._manager.close()
 
 
 def _rolled(tree: dict[str, Any], like: TrainState, shardings: TrainState, axis: int) -> TrainState:

@@ -75,7 +75,8 @@ def campaign(folder: pathlib.Path, kills: int, seed: int) -> None:
     ]
     hooks = inside + at_start + while_running
     draw.shuffle(hooks)
-    # Each hook takes effect long before its run can be over: two save intervals, or twelve steps and what passes in 0.01 s.
+    # Each kill comes at most 15 steps or two save intervals after a finished save, so at most 20 steps are gained by it and most
+    # gain 10 or none: the run cannot be over before the last kill.
     steps = 12 * kills
     straight, killed = folder / f"straight_{kills}", folder / f"killed_{kills}"
     assert run_all(Child(str(folder), str(straight), changes(steps))) == [0]
