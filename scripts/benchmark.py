@@ -1,9 +1,11 @@
-"""Benchmarks: `kernels` times kernels against dense products and other libraries, `tune` finds tilings, `train` times a recipe.
+"""Benchmarks: `kernels` times kernels against dense products and other libraries, `tune` finds tilings, `train` times a recipe,
+`checkpoint` times saves and restores.
 
 python scripts/benchmark.py train dense_400m --loop-steps 60 --json docs/benchmarks/training.json
 python scripts/benchmark.py kernels --op block_sparse --json docs/benchmarks/block_sparse_h100.json --picture docs/benchmarks/block_sparse_h100.png
 python scripts/benchmark.py kernels --op grouped --json docs/benchmarks/grouped_h100.json --picture docs/benchmarks/grouped_h100.png
 python scripts/benchmark.py tune --op block_sparse
+python scripts/benchmark.py checkpoint --gigabytes 2 --stall-steps 300
 """
 
 import argparse
@@ -90,6 +92,26 @@ def training(arguments: list[str]) -> None:
         report(f"{recipe.name}, loop, save every {options.save_every}", saving, rows, path)
 
 
+def checkpoints(options: argparse.Namespace) -> None:
+    """Times saving and restoring a made-up state of --gigabytes, and what saves take from training a small model."""
+    import json
+    import tempfile
+
+    from sparse_lm.train import checkpoint_benchmark
+
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        found = checkpoint_benchmark.benchmark(pathlib.Path(directory), options.gigabytes)
+    if options.stall_steps:
+        import experiments
+
+        recipe = experiments.load("quickstart")
+        found["stall"] = checkpoint_benchmark.stall(recipe, options.stall_steps, options.stall_every)
+    text = json.dumps(found, indent=1)
+    print(text)
+    if options.json:
+        pathlib.Path(options.json).write_text(text + "\n")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs one subcommand; each imports what it needs only then."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,6 +131,13 @@ def main(arguments: list[str] | None = None) -> None:
             )
             command.add_argument("--no-torch", action="store_true", help="leave out PyTorch's BSR linear")
     commands.add_parser("train", help=training.__doc__, add_help=False)
+    command = commands.add_parser("checkpoint", help=checkpoints.__doc__)
+    command.add_argument("--gigabytes", type=float, default=2.0, help="size of the state")
+    command.add_argument("--directory", help="a folder on the disk to be measured; default: that of temporary files")
+    command.add_argument("--stall-steps", type=int, default=0, help="also train the quickstart for so many steps")
+    command.add_argument("--stall-every", type=int, default=50, help="steps between two saves of that run")
+    command.add_argument("--json", help="write the numbers to this file")
+    command.set_defaults(function=checkpoints)
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["train"]:
         return training(arguments[1:])

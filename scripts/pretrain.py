@@ -5,6 +5,7 @@ import sys
 
 from experiments import command_line
 from sparse_lm.evaluate.finish import finish
+from sparse_lm.parallel.distributed import join
 from sparse_lm.train.checkpoint import CheckpointError
 from sparse_lm.train.loop import TrainingDiverged, train
 
@@ -21,13 +22,13 @@ def main() -> int:
     recipe, options = command_line.read_recipe(__doc__, arguments)
     run_dir = pathlib.Path(options.run_dir or f"runs/{recipe.name}")
     command_line.keep_compiled(recipe.data.directory)
-    code = command_line.or_exit(
-        lambda: train(recipe, run_dir, require_kernels=options.require_kernels),
-        TrainingDiverged,
-        CheckpointError,
-        FileNotFoundError,
-    )
-    if code == 0:
+
+    def run() -> tuple[int, bool]:
+        with join(recipe.distributed) as cluster:
+            return train(recipe, run_dir, cluster=cluster, require_kernels=options.require_kernels), cluster.first
+
+    code, first = command_line.or_exit(run, TrainingDiverged, CheckpointError, FileNotFoundError)
+    if code == 0 and first:
         finish(run_dir)
     return code
 

@@ -5,11 +5,15 @@ import json
 import pathlib
 from typing import Any
 
+from etils import epath
+
 from sparse_lm.config import Config, ConfigError, component, from_dict, to_dict, validate
 from sparse_lm.data.pipeline import DataConfig
+from sparse_lm.data.storage import write_atomically
 from sparse_lm.model.transformer import Model
+from sparse_lm.parallel.distributed import Distributed
 from sparse_lm.parallel.mesh import MeshShape
-from sparse_lm.train.checkpoint import Checkpoints
+from sparse_lm.train.checkpoint import Checkpoints, checkpoint_directory
 from sparse_lm.train.initialize import StartFrom
 from sparse_lm.train.metrics import LogConfig
 from sparse_lm.train.optimizer import AdamW, Optimizer
@@ -41,6 +45,8 @@ class Recipe(Config):
     """Members trained at once on the same data; empty: one."""
     mesh: MeshShape = MeshShape()
     """How the work is spread over devices."""
+    distributed: Distributed = Distributed()
+    """How the processes of a run on several hosts find each other; empty: one process."""
     start_from: StartFrom = StartFrom()
     """What to start from; empty: fresh initial values."""
     validation: Validation = Validation()
@@ -83,7 +89,7 @@ class Recipe(Config):
 def save_recipe(recipe: Recipe, run_dir: pathlib.Path) -> None:
     """Writes RUN/config.json; `load_recipe` reads it back equal."""
     text = json.dumps({"schema": SCHEMA, "recipe": to_dict(recipe)}, indent=1)
-    (run_dir / "config.json").write_text(text + "\n")
+    write_atomically(run_dir / "config.json", f"{text}\n".encode())
 
 
 def recipe_from_json(document: dict[str, Any], origin: str) -> Recipe:
@@ -107,6 +113,15 @@ def load_recipe(run_dir: pathlib.Path) -> Recipe:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: {run_dir} is not the directory of a run")
     return recipe_from_json(json.loads(path.read_text()), str(path))
+
+
+def checkpoints_of_run(run: str) -> epath.Path:
+    """Returns where the checkpoints of a run are, by its config.json, or RUN/checkpoints where that file is not."""
+    run_dir = epath.Path(run)
+    config = run_dir / "config.json"
+    if not config.exists():
+        return checkpoint_directory(run_dir, Checkpoints())
+    return checkpoint_directory(run_dir, recipe_from_json(json.loads(config.read_text()), str(config)).checkpoint)
 
 
 def differences(a: Config, b: Config, path: str = "") -> list[str]:

@@ -1,18 +1,18 @@
 """From a data config to batches: prepare what is missing, then stream packed windows with an exact, portable state.
 
 The order of training is one global sequence of windows, a function of (dataset, seed, sequence length, weights) alone. Global batch n
-is windows n*B .. (n+1)*B; host h of H takes rows h::H of it. The state is the number of windows consumed, so a run resumes bitwise
-on any number of hosts.
+is windows n*B .. (n+1)*B; each process reads those of its rows that its devices hold. The state is the number of windows consumed, so
+a run resumes bitwise on any number of processes.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from sparse_lm.config import Config, ConfigError, component, validate
+from sparse_lm.config import Config, component, validate
 from sparse_lm.data import packing, storage
 from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.packaged import Packaged
@@ -37,7 +37,7 @@ class DataConfig(Config):
     sequence_length: int = 512
     """Tokens in a row of a batch, L."""
     batch_size: int = 16
-    """Rows of a global batch, over all hosts."""
+    """Rows of a global batch, over all processes."""
     directory: str = "data"
     """Prepared corpora, tokenizers and token shards are cached here, named by the hash of what they were made from."""
     workers: int = 0
@@ -109,31 +109,27 @@ def train_stream(
     config: DataConfig,
     *,
     seed: int,
-    host: int = 0,
-    hosts: int = 1,
+    rows: Sequence[int] | None = None,
     state: dict[str, Any] | None = None,
 ) -> Iterator[tuple[Batch, dict[str, Any]]]:
-    """Returns the endless stream of this host's training batches, each with the state after it.
+    """Returns the endless stream of training batches, or of some rows of each, with the state after it.
 
     Args:
       dataset: from `prepare`.
       config: its config.
       seed: keys the order of documents and windows.
-      host: number of this host.
-      hosts: hosts that share the global batch.
-      state: a state that this function yielded (for any number of hosts, any batch size): continue after it.
+      rows: which rows of the global batch to read, ascending, as `Session.rows` says for this process; None: all.
+      state: a state that this function yielded (for any rows, any batch size): continue after it.
 
     Returns:
-      Iterator of (batch, state). Batch arrays have shape [batch_size // hosts, sequence_length]. The state is JSON-ready.
+      Iterator of (batch, state). Batch arrays have shape [len(rows), sequence_length]. The state is JSON-ready.
 
     Raises:
-      ConfigError: if the batch does not divide over the hosts.
-      ValueError: if the state belongs to another dataset, seed, sequence length or mixture.
+      ValueError: for rows that the batch does not have, or a state of another dataset, seed, sequence length or mixture.
     """
-    if hosts < 1 or config.batch_size % hosts:
-        raise ConfigError("batch_size", config.batch_size, f"a multiple of the number of hosts, {hosts}")
-    if not 0 <= host < hosts:
-        raise ValueError(f"host = {host}; allowed: 0 to {hosts - 1}")
+    chosen = np.arange(config.batch_size) if rows is None else np.asarray(rows)
+    if not len(chosen) or chosen[0] < 0 or chosen[-1] >= config.batch_size or (np.diff(chosen) < 1).any():
+        raise ValueError(f"rows = {chosen.tolist()}; allowed: ascending numbers from 0 to {config.batch_size - 1}")
     identity = stream_identity(dataset, config, seed)
     consumed = 0
     if state is not None:
@@ -143,17 +139,32 @@ def train_stream(
                 "sequence_length or the source weights differ; allowed: the ones the state was made with"
             )
         consumed = int(state["windows"])
-    return _batches(windows(dataset, config, seed), config, identity, consumed, host, hosts)
+    return _batches(windows(dataset, config, seed), config, identity, consumed, chosen)
+
+
+class RowsOfBatches:
+    """Random access to chosen rows of consecutive batches of a sequence of windows."""
+
+    def __init__(self, sequence: Any, first: int, batch_size: int, rows: np.ndarray):
+        """Args: the windows, the window where the first batch begins, rows of a global batch, and which of them are wanted."""
+        self._sequence, self._first, self._batch_size, self._rows = sequence, first, batch_size, rows
+
+    def __len__(self) -> int:
+        return (len(self._sequence) - self._first) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> packing.Row:
+        batch, row = divmod(int(index), len(self._rows))
+        return self._sequence[self._first + batch * self._batch_size + int(self._rows[row])]
 
 
 def _batches(
-    sequence: Any, config: DataConfig, identity: str, consumed: int, host: int, hosts: int
+    sequence: Any, config: DataConfig, identity: str, consumed: int, rows: np.ndarray
 ) -> Iterator[tuple[Batch, dict[str, Any]]]:
     import grain
 
-    mine = sequence[consumed + host :: hosts].batch(config.batch_size // hosts, drop_remainder=True)
+    mine = grain.MapDataset.source(RowsOfBatches(sequence, consumed, config.batch_size, rows))
     options = grain.ReadOptions(num_threads=config.workers, prefetch_buffer_size=2 * config.workers)
-    for batch in mine.to_iter_dataset(options):
+    for batch in mine.batch(len(rows), drop_remainder=True).to_iter_dataset(options):
         consumed += config.batch_size
         yield batch, {"stream": identity, "windows": consumed}
 

@@ -11,7 +11,7 @@ from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.pipeline import prepare
 from sparse_lm.model.definition import Definition, define
 from sparse_lm.recipe import Recipe, load_recipe
-from sparse_lm.train.checkpoint import CheckpointError, read_checkpoint
+from sparse_lm.train.checkpoint import CheckpointError, checkpoint_directory, read_checkpoint
 from sparse_lm.train.population import Population
 from sparse_lm.train.state import stack
 
@@ -76,14 +76,15 @@ def open_run(run_dir: pathlib.Path, *, step: int | None = None) -> Loaded:
       CheckpointError: when it holds no such checkpoint, or one of another model; the message says what there is.
     """
     recipe = load_recipe(run_dir)
-    source = read_checkpoint(run_dir / "checkpoints", step, without=("opt_state", "tables"))
+    directory = checkpoint_directory(run_dir, recipe.checkpoint)
+    source = read_checkpoint(directory, step, without=("opt_state", "tables"))
     averaged = bool(source.state.get("ema"))
     tree = source.state.pop("ema" if averaged else "params")
     model_state = source.state.get("model_state", {})
     source.state.clear()
     definition = define(recipe.model)
     axis = 1 if recipe.population.active else 0
-    origin = f"checkpoint {source.step} in {run_dir / 'checkpoints'}"
+    origin = f"checkpoint {source.step} in {directory}"
     params = _stacked(tree, definition.shapes, axis, origin)
     state = _stacked(model_state, definition.state_shapes, axis, origin)
     dataset = prepare(recipe.data, report=lambda line: None)

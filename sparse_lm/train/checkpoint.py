@@ -1,35 +1,45 @@
 """Checkpoints: one thin module over Orbax. One atomic directory a step holds the state, the data state and the recipe.
 
-Saving copies the state on the device, which takes milliseconds; a thread moves the copy to the host and writes it while training
-goes on. The layout on disk has unrolled block names whatever the layout in memory, so scanned and unrolled runs, and any mesh,
-read each other's checkpoints.
+Saving copies the state on the device, behind the step under way and without waiting for it; a thread moves the copy to the host and
+writes it while training goes on. The layout on disk has unrolled block names whatever the layout in memory, so scanned and unrolled
+runs, and any mesh, read each other's checkpoints. On several processes each writes the parts that its devices hold; Orbax then waits
+at barriers of the coordination service, never on the devices, so a save may run beside steps.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import logging
-import pathlib
+import math
+import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import options as orbax_options
 
 from sparse_lm.config import Config
 from sparse_lm.layers.parameter import RUN_KEY, map_leaves
 from sparse_lm.parallel.rules import spec_of
-from sparse_lm.train.state import TrainState, rolled, unrolled
+from sparse_lm.train import checkpoint_files
+from sparse_lm.train.state import TrainState, is_empty, unrolled
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each save at warning level.
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax warns of each save, and prints what it also raises.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoints(Config):
     """When to save and what to keep."""
 
+    directory: str | None = None
+    """Where checkpoints are kept, seen by all processes; may be remote (gs://..., s3://...). None: RUN/checkpoints."""
     every: int = 500
     """Steps between two saves; 0: only at the end (and on SIGTERM)."""
     keep_last: int = 2
@@ -41,6 +51,7 @@ class Checkpoints(Config):
 
     def check(self) -> None:
         """See Config.check."""
+        self.require(self.directory is None or bool(self.directory), "directory", "None or a path")
         self.require(self.every >= 0, "every", "0 (only at the end) or above")
         self.require(self.keep_last >= 1, "keep_last", "at least 1")
         self.require(self.keep_every is None or self.keep_every >= 1, "keep_every", "None or at least 1")
@@ -49,6 +60,15 @@ class Checkpoints(Config):
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message says which and what to do."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint whose files are all there but cannot be read."""
+
+
+def checkpoint_directory(run_dir: epath.PathLike, config: Checkpoints) -> epath.Path:
+    """Returns where a run keeps its checkpoints."""
+    return epath.Path(config.directory) if config.directory else epath.Path(run_dir) / "checkpoints"
 
 
 def without_layers(dims: Any) -> Any:
@@ -80,7 +100,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        directory: pathlib.Path,
+        directory: epath.PathLike,
         config: Checkpoints,
         like: TrainState,
         dims: TrainState,
@@ -98,20 +118,27 @@ class Checkpointer:
                 keep_checkpoints_without_metrics=False,
             )
             policies.append(best)
+        directory = epath.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        everybody = orbax_options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+            create=False,
+            multiprocessing_options=everybody,
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=_handlers())
         self._directory, self._like, self._mesh = directory, like, mesh
         self._axis = 1 if population else 0
         self._dims = without_layers({field.name: getattr(dims, field.name) for field in dataclasses.fields(dims)})
-        self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, unrolled(state, self._axis)))
+        self._abstract = self._abstract_on_disk()
+        handlers = _handlers(everybody, self._abstract)
+        self._manager = ocp.CheckpointManager(_absolute(directory), options=options, item_handlers=handlers)
+        self._copy = jax.jit(
+            lambda state: jax.tree.map(jnp.copy, unrolled(state, self._axis)),
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self._abstract),
+        )
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._pending: concurrent.futures.Future | None = None
-
-    def latest(self) -> int | None:
-        """Returns the newest finished step, or None."""
-        return self._manager.latest_step()
+        self._pending: tuple[int, concurrent.futures.Future] | None = None
 
     def steps(self) -> list[int]:
         """Returns all finished steps, oldest first."""
@@ -121,26 +148,34 @@ class Checkpointer:
         """Waits for the save under way.
 
         Raises:
-          CheckpointError: if it failed.
+          CheckpointError: if it failed; earlier checkpoints are as they were.
         """
         if self._pending is None:
             return
-        pending, self._pending = self._pending, None
+        (step, future), self._pending = self._pending, None
         try:
-            pending.result()
+            future.result()
         except Exception as error:
-            raise CheckpointError(
-                f"saving to {self._directory} failed: {error}. Finished checkpoints: {self.steps()}"
-            ) from error
+            if jax.process_index() == 0:
+                for left in self._directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                    left.rmtree(missing_ok=True)
+            finished = sorted(checkpoint_files.step_directories(self._directory))
+            message = f"saving step {step} to {self._directory} failed: {error}. Finished checkpoints: {finished}"
+            raise CheckpointError(message) from error
+
+    def poll(self) -> None:
+        """Raises CheckpointError if the save under way has failed; does not wait."""
+        if self._pending is not None and self._pending[1].done():
+            self.wait()
 
     def save(
         self, step: int, state: TrainState, data_state: dict[str, Any], recipe: dict[str, Any], loss: float
     ) -> None:
-        """Saves a state in the background; waits for the save before it.
+        """Saves a state in the background; waits for the save before it, not for the state.
 
         Args:
           step: finished steps.
-          state: the state after them.
+          state: the state after them; may be donated to the next step at once.
           data_state: the data stream's state after the last consumed batch.
           recipe: the run's config as JSON-ready dictionaries.
           loss: the newest validation loss, for `keep_best`; NaN when there is none.
@@ -148,20 +183,22 @@ class Checkpointer:
         self.wait()
         if step in self._manager.all_steps():
             return
-        copy = self._copy(state)
-        jax.block_until_ready(copy)
+        copies = [self._copy(state)]
 
         def write() -> None:
             items = ocp.args.Composite(
-                state=ocp.args.StandardSave(copy), data=ocp.args.JsonSave(data_state), recipe=ocp.args.JsonSave(recipe)
+                state=ocp.args.PyTreeSave(copies.pop()),
+                data=ocp.args.JsonSave(data_state),
+                recipe=ocp.args.JsonSave(recipe),
+                inventory=checkpoint_files.InventorySave(),
             )
             metrics = {"loss": loss} if np.isfinite(loss) else None
             self._manager.save(step, args=items, metrics=metrics)
             self._manager.wait_until_finished()
 
-        self._pending = self._thread.submit(write)
+        self._pending = step, self._thread.submit(write)
 
-    def _abstract(self) -> dict[str, Any]:
+    def _abstract_on_disk(self) -> dict[str, Any]:
         shapes = jax.eval_shape(lambda state: unrolled(state, self._axis), self._like)
 
         def leaf(_: str, dims: tuple[str, ...], shape: Any) -> jax.ShapeDtypeStruct:
@@ -176,23 +213,69 @@ class Checkpointer:
 
         Raises:
           CheckpointError: when the checkpoint's leaves are not those of this model, with the paths.
+          DamagedCheckpoint: when a file cannot be read.
         """
-        wanted = self._abstract()
-        problems = mismatches(wanted, _tree(self._manager, step))
+        problems = mismatches(self._abstract, _tree(self._manager, step))
         if problems:
             raise CheckpointError(
                 f"checkpoint {step} in {self._directory} does not fit this recipe:\n" + "\n".join(problems)
             )
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), data=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
-        place = jax.jit(lambda tree: rolled(tree, self._like, self._axis), out_shardings=shardings)
-        return place(restored["state"]), restored["data"]
+        arguments = ocp.checkpoint_utils.construct_restore_args(self._abstract)
+        state = ocp.args.PyTreeRestore(self._abstract, restore_args=arguments)
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=state, data=ocp.args.JsonRestore()))
+        except Exception as error:
+            message = f"checkpoint {step} in {self._directory} cannot be read: {error}"
+            raise DamagedCheckpoint(message) from error
+        return _rolled(restored["state"], self._like, shardings, self._axis), restored["data"]
 
     def close(self) -> None:
         """Waits for the last save and closes."""
-        self.wait()
-        self._thread.shutdown()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            with contextlib.suppress(Exception):  # Orbax raises once more what `wait` has raised
+                self._manager.close()
+
+
+def _rolled(tree: dict[str, Any], like: TrainState, shardings: TrainState, axis: int) -> TrainState:
+    """Brings a tree from disk into the layout in memory, leaf by leaf: at no time are both layouts of more than one leaf there."""
+
+    def walk(tree: Any, like: Any, shardings: Any) -> Any:
+        if not isinstance(like, dict):
+            return jax.device_put(tree, shardings)
+        if is_empty(like):
+            return like
+        out: dict[str, Any] = {}
+        for key in like:
+            match = RUN_KEY.match(key)
+            if match is None:
+                out[key] = walk(tree.pop(key), like[key], shardings[key])
+            else:
+                members = [tree.pop(str(n)) for n in range(int(match[1]), int(match[2]) + 1)]
+                out[key] = stack_leaves(members, shardings[key])
+        return out
+
+    def stack_leaves(members: list[Any], shardings: Any) -> Any:
+        if isinstance(shardings, dict):
+            return {key: stack_leaves([member.pop(key) for member in members], shardings[key]) for key in shardings}
+        stacked = _stack(shardings, axis)(members)
+        # Without this the next leaf is stacked while the parts of this one are still waiting to be read.
+        jax.block_until_ready(stacked)
+        for member in members:
+            member.delete()
+        return stacked
+
+    fields = [field.name for field in dataclasses.fields(like)]
+    return TrainState(
+        **{name: walk(tree.pop(name, {}), getattr(like, name), getattr(shardings, name)) for name in fields}
+    )
+
+
+@functools.lru_cache(64)
+def _stack(sharding: NamedSharding, axis: int) -> Any:
+    return jax.jit(lambda members: jnp.stack(members, axis), out_shardings=sharding)
 
 
 def mismatches(wanted: Any, found: Any) -> list[str]:
@@ -225,45 +308,89 @@ class Source(NamedTuple):
     recipe: dict[str, Any]
 
 
-def _handlers() -> dict[str, Any]:
-    """Returns who reads and writes each item; a manager that has not saved needs them to tell what a checkpoint holds."""
+def _handlers(processes: orbax_options.MultiprocessingOptions, state: Any) -> dict[str, Any]:
+    """Returns who reads and writes each item; a manager that has not saved needs them to tell what a checkpoint holds.
+
+    Arrays are stored uncompressed: float32 weights shrink by less than a tenth, and compressing them would make one core the limit of
+    a restore. While restoring, no more bytes are in flight than a tenth of the state, or its largest leaf.
+    """
+    sizes = [_local_bytes(leaf) for leaf in jax.tree.leaves(state)]
+    in_flight = max(max(sizes, default=0) + 1, sum(sizes) // 10, 1 << 24)
+    arrays = ocp.BasePyTreeCheckpointHandler(
+        restore_concurrent_bytes=in_flight, use_compression=False, multiprocessing_options=processes
+    )
     return {
-        "state": ocp.StandardCheckpointHandler(),
-        "data": ocp.JsonCheckpointHandler(),
-        "recipe": ocp.JsonCheckpointHandler(),
+        "state": ocp.PyTreeCheckpointHandler(handler_impl=arrays, multiprocessing_options=processes),
+        "data": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
+        "recipe": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
+        checkpoint_files.ITEM: checkpoint_files.InventoryHandler(),
     }
 
 
-def read_checkpoint(directory: pathlib.Path, step: int | None = None, *, without: tuple[str, ...] = ()) -> Source:
-    """Reads a checkpoint without knowing its model.
+def _local_bytes(leaf: Any) -> int:
+    """Bytes of an abstract array on the devices of this process."""
+    shard = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+    copies = len(leaf.sharding.addressable_devices) if leaf.sharding is not None else 1
+    return math.prod(shard) * leaf.dtype.itemsize * copies
+
+
+def _absolute(directory: epath.Path) -> epath.Path:
+    """Returns a local path made absolute, as Orbax wants it; a remote one as it is."""
+    return directory if "://" in os.fspath(directory) else epath.Path(os.path.abspath(directory))
+
+
+@contextlib.contextmanager
+def _reader(directory: epath.Path, state: Any) -> Iterator[ocp.CheckpointManager]:
+    """Opens a directory for reading by this process alone, whatever the others do."""
+    alone = orbax_options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
+    options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
+    handlers = _handlers(alone, state)
+    with ocp.CheckpointManager(_absolute(directory), options=options, item_handlers=handlers) as manager:
+        yield manager
+
+
+def saved_recipe(directory: epath.Path, step: int) -> dict[str, Any]:
+    """Returns the content of config.json as it was when a step was saved."""
+    with _reader(directory, {}) as manager:
+        return manager.restore(step, args=ocp.args.Composite(recipe=ocp.args.JsonRestore()))["recipe"]
+
+
+def read_checkpoint(directory: epath.PathLike, step: int | None = None, *, without: tuple[str, ...] = ()) -> Source:
+    """Reads a checkpoint without knowing its model, onto one device of this process.
 
     Args:
       directory: RUN/checkpoints.
-      step: which; None: the newest.
+      step: which; None: the newest that is not damaged.
       without: parts of the state that are left on disk, such as "opt_state".
 
     Raises:
-      CheckpointError: when there is no such checkpoint.
+      CheckpointError: when there is no such checkpoint, or it is damaged.
     """
-    if not directory.is_dir():
+    directory = epath.Path(directory)
+    if not directory.exists():
         raise CheckpointError(f"{directory} does not exist: no checkpoint to read")
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    handlers = {**_handlers(), "state": ocp.PyTreeCheckpointHandler()}  # the same files, and it reads them in part
-    with ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers) as manager:
-        steps = sorted(manager.all_steps())
-        chosen = step if step is not None else max(steps, default=-1)
-        if chosen not in steps:
-            wanted = "checkpoint" if step is None else f"checkpoint {step}"
-            raise CheckpointError(f"{directory} has no finished {wanted}; finished: {steps or 'none'}")
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        found = {name: part for name, part in _tree(manager, chosen).items() if name not in without}
-        abstract = map_leaves(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), found)
+    finished = sorted(checkpoint_files.step_directories(directory))
+    if step is None:
+        step, notes = checkpoint_files.newest_sound_step(directory, keep_damaged=True)
+        if step is None:
+            raise CheckpointError("\n".join([f"{directory} has no finished checkpoint; finished: none", *notes]))
+    elif step not in finished:
+        raise CheckpointError(f"{directory} has no finished checkpoint {step}; finished: {finished or 'none'}")
+    elif problems := checkpoint_files.damage(directory / str(step)):
+        raise CheckpointError(f"checkpoint {step} is damaged: " + "; ".join(problems))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with _reader(directory, {}) as manager:
+        found = {name: part for name, part in _tree(manager, step).items() if name not in without}
+    abstract = map_leaves(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), found)
+    with _reader(directory, abstract) as manager:
         state = ocp.args.PyTreeRestore(
             abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
         )
         items = ocp.args.Composite(state=state, data=ocp.args.JsonRestore(), recipe=ocp.args.JsonRestore())
-        restored = manager.restore(chosen, args=items)
-    return Source(chosen, restored["state"], restored["data"], restored["recipe"])
+        restored = manager.restore(step, args=items)
+    return Source(step, restored["state"], restored["data"], restored["recipe"])
 
 
 def _tree(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:

@@ -3,29 +3,37 @@
 The numbers of step n are read while step n + 1 runs, so the device never waits for the host.
 """
 
+import collections
 import contextlib
 import json
 import math
 import pathlib
 import queue
+import secrets
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from pallas_kernels import backend
 from sparse_lm.accounting import Account, account
 from sparse_lm.config import ConfigError, to_dict, validate
+from sparse_lm.data import storage
 from sparse_lm.data.dataset import Dataset
-from sparse_lm.data.pipeline import prepare, train_stream
+from sparse_lm.data.pipeline import prepare, stream_identity, train_stream
 from sparse_lm.model.cudnn_attention import documents_bucket
-from sparse_lm.recipe import SCHEMA, Recipe, differences, load_recipe, save_recipe
+from sparse_lm.parallel.distributed import RESUMABLE, Cluster
+from sparse_lm.recipe import SCHEMA, Recipe, differences, recipe_from_json, save_recipe
 from sparse_lm.routing.diagnostics import router_row
 from sparse_lm.train import machine
-from sparse_lm.train.checkpoint import Checkpointer
+from sparse_lm.train.ballot import Ballot
+from sparse_lm.train.checkpoint import Checkpointer, DamagedCheckpoint, checkpoint_directory, saved_recipe
+from sparse_lm.train.checkpoint_files import newest_sound_step, set_aside, step_directories
 from sparse_lm.train.metrics import Meter, Writers, open_writers
 from sparse_lm.train.progress import Progress
 from sparse_lm.train.session import Session, open_session, starting_point
@@ -33,10 +41,7 @@ from sparse_lm.train.state import TrainState
 from sparse_lm.train.step import PULSE
 from sparse_lm.train.validation import EvalStep, build_eval_step, validation_row
 
-RESUMABLE = 75
-"""Exit code of a run that was told to stop and saved (EX_TEMPFAIL of sysexits.h): start it again to go on."""
-
-FREE_FIELDS = ("log.", "checkpoint.", "validation.", "mesh.", "name:", "data.directory", "data.workers")
+FREE_FIELDS = ("log.", "checkpoint.", "validation.", "mesh.", "distributed.", "name:", "data.directory", "data.workers")
 """Fields in which a resumed run may differ from the run it continues: they change no number that is trained on (a mesh
 changes the order of sums, so going on elsewhere is equal to rounding, not to the bit)."""
 
@@ -106,12 +111,15 @@ class Termination:
             signal.signal(number, handler)
 
 
-def train(recipe: Recipe, run_dir: pathlib.Path, *, require_kernels: bool = False) -> int:
+def train(
+    recipe: Recipe, run_dir: pathlib.Path, *, cluster: Cluster | None = None, require_kernels: bool = False
+) -> int:
     """Trains a recipe in a run directory, continuing what is there.
 
     Args:
       recipe: the recipe.
-      run_dir: where the run lives.
+      run_dir: where the run lives; process 0 alone writes there, checkpoints apart.
+      cluster: the processes that train together, from `distributed.join`; None: this one alone.
       require_kernels: make it an error that an operation falls back to plain JAX on a GPU or TPU.
 
     Returns:
@@ -120,37 +128,43 @@ def train(recipe: Recipe, run_dir: pathlib.Path, *, require_kernels: bool = Fals
     Raises:
       ConfigError: for a recipe that cannot be run, before anything is compiled.
       TrainingDiverged: when too many steps in a row were not finite.
+      Disagreement: when the processes were started with different things.
+      CheckpointError: when a save fails, or a checkpoint does not fit.
     """
     validate(recipe)
-    check_same_run(recipe, run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    dataset = prepare(recipe.data)
+    cluster = cluster or Cluster(recipe.distributed, None, 0, 1)
+    cluster.agree("setup", lambda: machine.facts(recipe))
+    checkpoints = checkpoint_directory(run_dir, recipe.checkpoint)
+    if cluster.first:
+        check_same_run(recipe, checkpoints)
+    check_shared(checkpoints, cluster)
+
+    def report(line: str) -> None:
+        cluster.progress("preparing data")
+        if cluster.first:
+            print(line)
+
+    dataset = cluster.first_then_others("waiting for the data", lambda: prepare(recipe.data, report=report))
+    identity = stream_identity(dataset, recipe.data, recipe.seed)
+    cluster.agree("data", lambda: {"hash": dataset.hash, "stream": identity})
     if dataset.tokenizer.vocab_size > recipe.model.vocab_size:
         raise ConfigError(
             "model.vocab_size", recipe.model.vocab_size, f"at least the tokenizer's {dataset.tokenizer.vocab_size}"
         )
+    cluster.progress("opening the session")
     session = open_session(recipe)
-    write_description(session, dataset, run_dir)
-    checkpointer = Checkpointer(
-        run_dir / "checkpoints",
-        recipe.checkpoint,
-        session.abstract,
-        session.dims,
-        session.mesh,
-        population=recipe.population.active,
-    )
-    latest = checkpointer.latest()
-    if latest is None:
-        state, data_state = starting_point(session)
-    else:
-        state, data_state = checkpointer.restore(latest, session.shardings)
+    if cluster.first:
+        write_description(session, dataset, run_dir)
+    progress = Progress(recipe.name, recipe.train.steps, recipe.log.display if cluster.first else "off")
+    latest, state, data_state, checkpointer = restored_or_new(session, checkpoints, cluster, progress)
     first = int(np.asarray(state.step).reshape(-1)[0])
-    progress = Progress(recipe.name, recipe.train.steps, recipe.log.display)
-    writers = open_writers(run_dir, recipe.log, latest, session.members, to_dict(recipe))
+    writers = Writers()
+    if cluster.first:
+        writers = open_writers(run_dir, recipe.log, latest, session.members, to_dict(recipe))
     backend.clear_choices()
     kernels = backend.require_kernels("cuda", "tpu") if require_kernels else contextlib.nullcontext()
     with Termination() as termination, writers, progress, kernels:
-        run = Run(session, dataset, run_dir, checkpointer, writers, progress, termination)
+        run = Run(session, dataset, run_dir, checkpointer, writers, progress, termination, cluster)
         try:
             finished = run.steps(state, data_state, first)
         finally:
@@ -158,20 +172,83 @@ def train(recipe: Recipe, run_dir: pathlib.Path, *, require_kernels: bool = Fals
     return 0 if finished else RESUMABLE
 
 
-def check_same_run(recipe: Recipe, run_dir: pathlib.Path) -> None:
-    """Raises ConfigError if the directory holds a run of another recipe."""
-    if not (run_dir / "checkpoints").is_dir() or not any((run_dir / "checkpoints").iterdir()):
+def check_same_run(recipe: Recipe, checkpoints: epath.Path) -> None:
+    """Raises ConfigError if the directory holds checkpoints of another recipe."""
+    for step in reversed(step_directories(checkpoints)):
+        try:
+            document = saved_recipe(checkpoints, step)
+        except Exception:  # a damaged step is dealt with when a step is chosen
+            continue
+        saved = recipe_from_json(document, f"checkpoint {step} in {checkpoints}")
+        changed = [line for line in differences(saved, recipe) if not line.startswith(FREE_FIELDS)]
+        if changed:
+            allowed = (
+                "the recipe that it was started with, or another --run-dir (start_from.run branches from it). Changed: "
+            )
+            raise ConfigError("run_dir", str(checkpoints.parent), allowed + "; ".join(changed))
         return
-    changed = [line for line in differences(load_recipe(run_dir), recipe) if not line.startswith(FREE_FIELDS)]
-    if changed:
-        allowed = (
-            "the recipe that it was started with, or another --run-dir (start_from.run branches from it). Changed: "
+
+
+def check_shared(checkpoints: epath.Path, cluster: Cluster) -> None:
+    """Raises Disagreement if some process does not see the checkpoint directory of the others."""
+    if cluster.count == 1:
+        return
+
+    def write() -> str:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        name = f".shared-{secrets.token_hex(8)}"
+        (checkpoints / name).write_text("")
+        return name
+
+    probe = checkpoints / cluster.of_first("probe", write)
+    for _ in range(50):  # network disks show a new file late
+        if probe.exists():
+            break
+        time.sleep(0.1)
+    cluster.agree("storage", lambda: {f"sees the files that process 0 writes into {checkpoints}": probe.exists()})
+    if cluster.first:
+        probe.unlink()
+
+
+def restored_or_new(
+    session: Session, checkpoints: epath.Path, cluster: Cluster, progress: Progress
+) -> tuple[int | None, TrainState, dict[str, Any] | None, Checkpointer]:
+    """Restores the newest sound checkpoint, or makes the starting point when there is none.
+
+    Returns:
+      (finished steps of the checkpoint or None, state, data state, the checkpointer).
+    """
+    passed_over = 0
+    while True:
+        cluster.progress("choosing a checkpoint")
+        chosen = cluster.of_first(f"chosen/{passed_over}", lambda: json.dumps(newest_sound_step(checkpoints)))
+        latest, notes = json.loads(chosen)
+        for note in notes:
+            progress.event(note)
+        checkpointer = Checkpointer(
+            checkpoints,
+            session.recipe.checkpoint,
+            session.abstract,
+            session.dims,
+            session.mesh,
+            population=session.recipe.population.active,
         )
-        raise ConfigError("run_dir", str(run_dir), allowed + "; ".join(changed))
+        if latest is None:
+            return None, *starting_point(session), checkpointer
+        cluster.progress(f"restoring checkpoint {latest}")
+        try:
+            return latest, *checkpointer.restore(latest, session.shardings), checkpointer
+        except DamagedCheckpoint as error:
+            checkpointer.close()
+            if cluster.count > 1:  # the others may have read their parts
+                raise
+            progress.event(f"{error}; set aside as {set_aside(checkpoints / str(latest))}; an earlier one is used")
+            passed_over += 1
 
 
 def write_description(session: Session, dataset: Dataset, run_dir: pathlib.Path) -> None:
     """Writes config.json, environment.json, data.json, accounting.json and the tokenizer into the run directory."""
+    run_dir.mkdir(parents=True, exist_ok=True)
     save_recipe(session.recipe, run_dir)
     lines = account(session.recipe.model, session.recipe.data.sequence_length)
     assert lines.parameters == session.definition.parameters(), "the account does not add up to the tree"
@@ -181,7 +258,7 @@ def write_description(session: Session, dataset: Dataset, run_dir: pathlib.Path)
         "accounting.json": [row._asdict() for row in lines.rows],
     }
     for name, document in documents.items():
-        (run_dir / name).write_text(json.dumps(document, indent=1, default=str) + "\n")
+        storage.write_atomically(run_dir / name, (json.dumps(document, indent=1, default=str) + "\n").encode())
 
 
 class Run:
@@ -196,15 +273,21 @@ class Run:
         writers: Writers,
         progress: Progress,
         termination: Termination,
+        cluster: Cluster,
     ):
         self.session, self.dataset, self.run_dir = session, dataset, run_dir
         self.checkpointer, self.writers, self.progress, self.termination = checkpointer, writers, progress, termination
+        self.cluster = cluster
+        self.ballot = Ballot(session.mesh)
         self.recipe = session.recipe
-        self.eval_step: EvalStep = build_eval_step(session.definition, self.recipe.population)
+        self.checkpoints = checkpoint_directory(run_dir, self.recipe.checkpoint)
+        self.eval_step: EvalStep = build_eval_step(session.definition, self.recipe.population, session.mesh)
         self.energy = machine.Energy()
         self.validation_loss = math.nan
         self.profiling = False
-        self.unread: tuple[int, dict[str, Any]] | None = None
+        self.unread: tuple[int, dict[str, Any], Any] | None = None
+        self.stop = False
+        self.documents: collections.deque[int] = collections.deque()
         self.tokens_before = 0
 
     def steps(self, state: TrainState, data_state: dict[str, Any] | None, first: int) -> bool:
@@ -218,26 +301,37 @@ class Run:
             self.dataset,
             recipe.data,
             seed=recipe.seed,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
+            rows=session.rows,
             state=data_state,
         )
         prefetch = Prefetch(stream, session.put)
         total = recipe.train.steps
+        # The vote that rides behind a step carries the documents of the batch two steps later, so two batches are known ahead.
+        ahead = collections.deque([prefetch.next(), prefetch.next()] if first < total else [])
+        if ahead:
+            most = max(documents for _, documents, _ in ahead)
+            vote = self.ballot.read(self.ballot.cast(False, most, np.zeros(())))
+            self.documents.extend([vote.documents] * 2)
         try:
             for step in range(first, total):
                 self._profile(step)
+                self.cluster.progress(f"waiting for the batch of step {step + 1}")
                 with meter.waiting():
-                    batch, documents, data_state = prefetch.next()
-                state, metrics = programs(documents)(state, batch)
+                    ahead.append(prefetch.next())
+                batch, _, data_state = ahead.popleft()
+                state, metrics = programs(self.documents.popleft())(state, batch)
+                self.cluster.progress(f"step {step + 1}")
                 self._report(meter)
                 done = step + 1
-                self.unread = (done, metrics)
+                vote = self.ballot.cast(self.termination.requested, ahead[1][1], metrics["pulse"])
+                self.unread = (done, metrics, vote)
+                self.checkpointer.poll()
                 if self._due(recipe.validation.every, done) and done < total:
                     self._report(meter)
                     with meter.paused():
                         self._validate(state, done, meter)
-                stop = self.termination.requested and done < total
+                # One process need not wait for the count of its own vote.
+                stop = (self.stop or (self.cluster.count == 1 and self.termination.requested)) and done < total
                 if stop or (self._due(recipe.checkpoint.every, done) and done < total):
                     self._report(meter)
                     self._save(state, data_state, done)
@@ -251,7 +345,7 @@ class Run:
                 with meter.paused():
                     self._validate(state, total, meter)
                 self._save(state, data_state, total)
-            self.progress.close(f"finished {total} steps; checkpoints in {self.run_dir / 'checkpoints'}")
+            self.progress.close(f"finished {total} steps; checkpoints in {self.checkpoints}")
             return True
         finally:
             prefetch.close()
@@ -305,8 +399,6 @@ class Run:
         def program(documents: int) -> Any:
             most = documents_bucket(first, documents)
             if most not in programs:
-                if jax.process_count() > 1:
-                    raise ConfigError("model.attention.max_documents", first, f"at least {documents} on several hosts")
                 programs[most], seconds = self.session.compile_step(most)
                 self.progress.event(f"compiled a step for up to {most} documents in a row in {seconds:.1f} s")
             return programs[most]
@@ -329,7 +421,11 @@ class Run:
         """Reads the numbers of the last unread step, if any; writes a row when one is due; stops a run that has diverged."""
         if self.unread is None:
             return
-        (done, metrics), self.unread = self.unread, None
+        (done, metrics, vote), self.unread = self.unread, None
+        vote = self.ballot.read(vote)
+        self.stop |= vote.stop
+        self.documents.append(vote.documents)
+        self.cluster.progress(f"the numbers of step {done}")
         pulse = dict(zip(PULSE, np.moveaxis(np.asarray(metrics["pulse"]), -1, 0)))
         meter.step(int(pulse["tokens"].max()))
         if (pulse["skipped"] > 0).any():
@@ -360,10 +456,11 @@ class Run:
             raise TrainingDiverged(
                 f"{int(pulse['skipped'].min())} steps in a row up to step {done} were not finite (train.skip_limit = "
                 f"{self.recipe.train.skip_limit}); gradients not finite in: {', '.join(groups) or 'none, only the loss'}; "
-                f"last good checkpoint: {self.checkpointer.latest()} in {self.run_dir / 'checkpoints'}"
+                f"last good checkpoint: {max(self.checkpointer.steps(), default=None)} in {self.checkpoints}"
             )
 
     def _validate(self, state: TrainState, done: int, meter: Meter) -> None:
+        self.cluster.progress(f"validating after step {done}")
         params = state.ema if state.ema else state.params
         recipe = self.recipe
         numbers = validation_row(
@@ -377,5 +474,6 @@ class Run:
 
     def _save(self, state: TrainState, data_state: dict[str, Any] | None, done: int) -> None:
         assert data_state is not None, "a step was taken, so a batch was consumed"
+        self.cluster.progress(f"saving step {done}")
         recipe = {"schema": SCHEMA, "recipe": to_dict(self.recipe)}
         self.checkpointer.save(done, state, data_state, recipe, self.validation_loss)

@@ -1,5 +1,6 @@
 """What a run runs on: versions and devices, peak arithmetic rates, device memory, energy."""
 
+import hashlib
 import importlib.metadata
 import os
 import pathlib
@@ -8,6 +9,9 @@ import subprocess
 from typing import Any
 
 import jax
+
+from sparse_lm.config import Config, to_dict
+from sparse_lm.data.storage import content_key
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "tensorflow-datasets")
 
@@ -157,3 +161,38 @@ class Energy:
         if not self._handles:
             return None
         return sum(now - then for now, then in zip(self._counters(), self._start)) / 1000.0
+
+
+def facts(recipe: Config) -> dict[str, Any]:
+    """Returns what all processes of a run must have in common: the recipe's fields, versions of packages, the code, the devices."""
+    found: dict[str, Any] = {}
+    own = ("distributed.process", "log.display")
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(item, f"{path}.{key}" if path else key)
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            for index, item in enumerate(value):
+                walk(item, f"{path}.{index}")
+        elif path not in own:
+            found[path] = value
+
+    walk(to_dict(recipe), "")
+    found["recipe hash"] = content_key(found)
+    found.update({f"version of {package}": _version(package) for package in PACKAGES})
+    found["version of python"] = platform.python_version()
+    found["hash of the code"] = code_hash()
+    devices = jax.local_devices()
+    found["local devices"] = f"{len(devices)} x {devices[0].device_kind}"
+    return found
+
+
+def code_hash() -> str:
+    """Returns a hash over the source files of the library and its kernels."""
+    root = pathlib.Path(__file__).resolve().parents[2]
+    digest = hashlib.sha256()
+    for package in ("sparse_lm", "pallas_kernels"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

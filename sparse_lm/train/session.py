@@ -4,7 +4,7 @@ Legend: B batch, L length.
 """
 
 import dataclasses
-import pathlib
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.layers.parametrization import learning_rate_scales
 from sparse_lm.model.definition import Definition, define, for_documents
 from sparse_lm.parallel import rules
-from sparse_lm.recipe import Recipe
+from sparse_lm.recipe import Recipe, checkpoints_of_run
 from sparse_lm.train.checkpoint import read_checkpoint
 from sparse_lm.train.initialize import initialize, is_partial, transforms_of
 from sparse_lm.train.population import member_arrays, over_members
@@ -57,10 +57,26 @@ class Session:
         """Size of the population, or None."""
         return len(self.recipe.population.members(self.recipe.seed)) if self.recipe.population.active else None
 
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """The rows of a global batch that this process's devices hold, ascending; processes may share rows."""
+        data, sharding = self.recipe.data, rules.batch_sharding(self.mesh)
+        held = sharding.addressable_devices_indices_map((data.batch_size, data.sequence_length)).values()
+        return np.unique(np.concatenate([np.arange(data.batch_size)[index[0]] for index in held]))
+
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Places this process's rows of a batch."""
-        sharding = rules.batch_sharding(self.mesh)
-        return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in MODEL_ARRAYS}
+        """Places a batch of which this process has `rows`; together the processes make the batch that one process would make."""
+        data, sharding = self.recipe.data, rules.batch_sharding(self.mesh)
+
+        def place(local: np.ndarray) -> jax.Array:
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                start, stop, _ = index[0].indices(data.batch_size)
+                begin, end = np.searchsorted(self.rows, (start, stop))
+                return local[begin:end, index[1]]
+
+            return jax.make_array_from_callback((data.batch_size, data.sequence_length), sharding, part)
+
+        return {name: place(batch[name]) for name in MODEL_ARRAYS}
 
     def compile_step(self, documents: int = 1) -> tuple[Any, float]:
         """Compiles the step ahead of time for batches with up to `documents` documents in a row.
@@ -176,7 +192,7 @@ def starting_point(session: Session) -> tuple[TrainState, dict[str, Any] | None]
     state, start = session.create(), session.recipe.start_from
     if start.run is None:
         return state, None
-    source = read_checkpoint(pathlib.Path(start.run) / "checkpoints", start.step)
+    source = read_checkpoint(checkpoints_of_run(start.run), start.step)
     transforms, partial = transforms_of(start), is_partial(start)
     if session.members is None:
         state = initialize(state, source.state, transforms, partial=partial)

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from sparse_lm.config import Config
 from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.pipeline import DataConfig, validation_batches
 from sparse_lm.model.cudnn_attention import documents_bucket
 from sparse_lm.model.definition import Batch, Definition, for_documents
+from sparse_lm.parallel import rules
 from sparse_lm.train.population import Population, over_members
 
 MODEL_ARRAYS = ("tokens_BL", "targets_BL", "positions_BL", "segments_BL")
@@ -73,8 +75,14 @@ class DocumentLosses(NamedTuple):
         return self.nats.sum(-1) / math.log(2) / max(int(self.bytes.sum()), 1)
 
 
-def build_eval_step(definition: Definition, population: Population) -> EvalStep:
-    """Builds the jitted step (params, model_state, batch) -> cross-entropy [B, L], or [P, B, L]; it changes no state."""
+def build_eval_step(definition: Definition, population: Population, mesh: Mesh | None = None) -> EvalStep:
+    """Builds the jitted step (params, model_state, batch) -> cross-entropy [B, L], or [P, B, L]; it changes no state.
+
+    Args:
+      definition: the model.
+      population: the members that the parameters hold.
+      mesh: where the parameters are, if not on one device: every process gives the whole batch and gets all losses.
+    """
 
     @functools.cache
     def program(most_documents: int) -> EvalStep:
@@ -83,7 +91,8 @@ def build_eval_step(definition: Definition, population: Population) -> EvalStep:
         def losses(params: Any, model_state: Any, batch: Batch) -> jax.Array:
             return sized.token_losses(params, model_state, batch)[0]
 
-        return jax.jit(over_members(losses, population, (0, 0, None)))
+        whole = None if mesh is None else rules.replicated(mesh)
+        return jax.jit(over_members(losses, population, (0, 0, None)), out_shardings=whole)
 
     def step(params: Any, model_state: Any, batch: Batch) -> jax.Array:
         found = int(np.max(batch["segments_BL"]))

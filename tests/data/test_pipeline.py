@@ -1,6 +1,7 @@
 """The stream that training reads: exact resumption, hosts that share one order, mixtures, validation that covers every byte."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import shutil
@@ -67,16 +68,42 @@ def test_an_epoch_holds_every_stored_token_once(dataset, config):
     assert counts.tolist() == np.bincount(stored).tolist()
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_take_rows_of_one_global_order(dataset, config, hosts):
+@pytest.mark.parametrize("parts", [[[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0], [1, 2, 3]]])
+def test_processes_read_their_rows_of_one_global_order(dataset, config, parts):
     whole = take(train_stream(dataset, config, seed=1), 30)
-    parts = [take(train_stream(dataset, config, seed=1, host=h, hosts=hosts), 30) for h in range(hosts)]
+    streams = [take(train_stream(dataset, config, seed=1, rows=rows), 30) for rows in parts]
     for n, (batch, state) in enumerate(whole):
-        for h in range(hosts):
-            assert same({name: array[h::hosts] for name, array in batch.items()}, parts[h][n][0])
-            assert parts[h][n][1] == state
-    # A run stopped on two hosts continues on one.
-    assert same(next(iter(train_stream(dataset, config, seed=1, state=parts[1][9][1])))[0], whole[10][0])
+        for rows, stream in zip(parts, streams):
+            assert same({name: array[rows] for name, array in batch.items()}, stream[n][0])
+            assert stream[n][1] == state
+    # A run stopped on two processes continues on one.
+    assert same(next(iter(train_stream(dataset, config, seed=1, state=streams[1][9][1])))[0], whole[10][0])
+
+
+def hashes(batch) -> list[str]:
+    """The hash of every window of a batch."""
+    rows = zip(*(batch[name] for name in sorted(batch)))
+    return [hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in row)).hexdigest() for row in rows]
+
+
+@pytest.mark.parametrize("before, after, workers", [(2, 4, 0), (4, 1, 2), (1, 2, 3)])
+def test_each_window_is_read_by_one_process_once_though_their_number_changes(dataset, config, before, after, workers):
+    # 15 batches on `before` processes without threads, then 15 on `after` processes with `workers` threads.
+    def run(count, config, state, batches):
+        share = config.batch_size // count
+        rows = [range(p * share, (p + 1) * share) for p in range(count)]
+        return [take(train_stream(dataset, config, seed=3, rows=r, state=state), batches) for r in rows]
+
+    first = run(before, config, None, 15)
+    second = run(after, dataclasses.replace(config, workers=workers), first[-1][-1][1], 15)
+    expected = [h for batch, _ in take(train_stream(dataset, config, seed=3), 30) for h in hashes(batch)]
+    found = [
+        h for part in (first, second) for batches in zip(*part, strict=True) for b, _ in batches for h in hashes(b)
+    ]
+    assert found == expected and len(found) == 30 * config.batch_size
+    # Within an epoch no window comes twice: that is what "once" means, beside the order.
+    one_epoch = found[: dataset.parts[0].training_windows(config.sequence_length, 0, (3, 0)).windows_per_epoch]
+    assert len(set(one_epoch)) == len(one_epoch)
 
 
 def test_threads_change_nothing(dataset, config):
@@ -110,11 +137,10 @@ def test_batch_size_may_change_on_resume(dataset, config):
     assert np.array_equal(batch["tokens_BL"], np.concatenate([whole[2][0]["tokens_BL"], whole[3][0]["tokens_BL"]]))
 
 
-def test_hosts_must_divide_the_batch(dataset, config):
-    with pytest.raises(ConfigError, match=r"batch_size = 4 .*multiple of the number of hosts, 3"):
-        train_stream(dataset, config, seed=0, hosts=3)
-    with pytest.raises(ValueError, match="host = 2"):
-        train_stream(dataset, config, seed=0, host=2, hosts=2)
+@pytest.mark.parametrize("rows", [[], [0, 0], [1, 0], [3, 4], [-1]])
+def test_rows_must_be_of_the_batch(dataset, config, rows):
+    with pytest.raises(ValueError, match=r"rows = .*; allowed: ascending numbers from 0 to 3"):
+        train_stream(dataset, config, seed=0, rows=rows)
 
 
 def test_validation_predicts_every_byte_of_every_document(dataset, config):
@@ -229,7 +255,7 @@ def test_two_planted_sources_stream_and_validate(tmp_path):
     )
     data = prepare(config, report=quiet)
     whole = take(train_stream(data, config, seed=0), 40)
-    part = take(train_stream(data, config, seed=0, host=1, hosts=2, state=whole[19][1]), 5)
+    part = take(train_stream(data, config, seed=0, rows=[1, 3], state=whole[19][1]), 5)
     for a, b in zip(whole[20:25], part, strict=True):
         assert np.array_equal(a[0]["tokens_BL"][1::2], b[0]["tokens_BL"])
     for domain, count in (("k_hop", 20), ("recall", 10)):

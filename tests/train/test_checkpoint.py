@@ -2,16 +2,26 @@
 
 import dataclasses
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 
 from sparse_lm.parallel.mesh import MeshShape
 from sparse_lm.parallel.rules import replicated
-from sparse_lm.train.checkpoint import Checkpointer, CheckpointError, Checkpoints, mismatches, read_checkpoint
+from sparse_lm.train.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    Checkpoints,
+    checkpoint_directory,
+    mismatches,
+    read_checkpoint,
+)
+from sparse_lm.train.checkpoint_files import newest_sound_step
 from sparse_lm.train.state import TrainState
 
 
@@ -67,7 +77,7 @@ def save(checkpointer: Checkpointer, step: int, value: TrainState, loss: float =
 
 def test_a_state_reads_back_to_the_bit_with_its_data_state_and_recipe(tmp_path: pathlib.Path) -> None:
     checkpointer = open_(tmp_path)
-    assert checkpointer.latest() is None and checkpointer.steps() == []
+    assert checkpointer.steps() == []
     save(checkpointer, 3, state())
     checkpointer.wait()
     restored, data_state = checkpointer.restore(3, shardings())
@@ -132,7 +142,7 @@ def test_what_is_kept(fields: dict, losses: dict, kept: list[int], tmp_path: pat
     for step in range(1, 7):
         save(checkpointer, step, state(), losses.get(step, float("nan")))
     checkpointer.wait()
-    assert checkpointer.steps() == kept and checkpointer.latest() == 6
+    assert checkpointer.steps() == kept
     checkpointer.close()
     assert sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()) == kept
 
@@ -181,7 +191,7 @@ def test_an_unfinished_checkpoint_is_not_seen(tmp_path: pathlib.Path) -> None:
     # What a process killed while saving leaves behind.
     (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     again = open_(tmp_path)
-    assert again.latest() == 1
+    assert again.steps() == [1]
     again.close()
 
 
@@ -205,3 +215,128 @@ def test_reading_a_step_that_is_not_there_names_those_that_are(tmp_path: pathlib
     with pytest.raises(CheckpointError, match=r"has no finished checkpoint 7; finished: \[1, 2\]"):
         read_checkpoint(tmp_path, 7)
     assert read_checkpoint(tmp_path).step == 2 and read_checkpoint(tmp_path, 1).step == 1
+
+
+def saved_steps(directory: pathlib.Path, *steps: int) -> None:
+    checkpointer = open_(directory, keep_last=9)
+    for step in steps:
+        save(checkpointer, step, state(fill=step))
+    checkpointer.close()
+
+
+def data_file(step: pathlib.Path) -> pathlib.Path:
+    """The largest file of a step: the arrays."""
+    return max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def truncate(step: pathlib.Path) -> pathlib.Path:
+    path = data_file(step)
+    path.write_bytes(path.read_bytes()[:-7])
+    return path
+
+
+def remove(step: pathlib.Path) -> pathlib.Path:
+    path = step / "state" / "manifest.ocdbt"
+    path.unlink()
+    return path
+
+
+def add(step: pathlib.Path) -> pathlib.Path:
+    path = step / "state" / "stray.bin"
+    path.write_bytes(b"not ours")
+    return path
+
+
+def alter(step: pathlib.Path) -> pathlib.Path:
+    path = step / "data" / "metadata"
+    path.write_bytes(path.read_bytes().replace(b"2", b"3"))
+    return path
+
+
+def without_inventory(step: pathlib.Path) -> pathlib.Path:
+    path = step / "inventory" / "inventory.json"
+    path.unlink()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("harm", "word"),
+    [
+        (truncate, "truncated"),
+        (remove, "missing"),
+        (add, "foreign"),
+        (alter, "altered"),
+        (without_inventory, "missing"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_damaged_file_is_named_and_the_step_before_it_used(harm, word: str, tmp_path: pathlib.Path) -> None:
+    saved_steps(tmp_path, 1, 2)
+    directory = epath.Path(tmp_path)
+    assert newest_sound_step(directory) == (2, [])
+    harmed = harm(tmp_path / "2")
+    # Who only reads leaves it where it is.
+    with pytest.raises(CheckpointError, match=f"checkpoint 2 is damaged: {word} {harmed}"):
+        read_checkpoint(tmp_path, 2)
+    assert read_checkpoint(tmp_path).step == 1
+    found, notes = newest_sound_step(directory)
+    assert found == 1 and len(notes) == 1
+    assert f"{word} {harmed}" in notes[0] and f"set aside as {tmp_path / 'damaged-2'}" in notes[0]
+    # The step can be saved anew; what was set aside stays.
+    again = open_(tmp_path, keep_last=9)
+    restored, _ = again.restore(1, shardings())
+    tiny.assert_same(dataclasses.asdict(restored), dataclasses.asdict(state(fill=1)))
+    save(again, 2, state(fill=2))
+    again.close()
+    assert newest_sound_step(directory) == (2, []) and (tmp_path / "damaged-2").is_dir()
+
+
+def test_no_sound_step_is_none_with_a_note_for_each(tmp_path: pathlib.Path) -> None:
+    saved_steps(tmp_path, 1, 2)
+    (tmp_path / "7").mkdir()
+    truncate(tmp_path / "1")
+    remove(tmp_path / "2")
+    found, notes = newest_sound_step(epath.Path(tmp_path))
+    assert found is None and [note.split()[1] for note in notes] == ["7", "2", "1"]
+    assert "missing" in notes[0] and "not a finished checkpoint of a run" in notes[0]
+    assert newest_sound_step(epath.Path(tmp_path / "nowhere")) == (None, [])
+
+
+def test_restoring_holds_one_stacked_leaf_twice_and_no_more(tmp_path: pathlib.Path) -> None:
+    saved_steps(tmp_path, 1)
+    checkpointer = open_(tmp_path)
+    live_before = {id(a) for a in jax.live_arrays()}
+    restored, _ = checkpointer.restore(1, shardings())
+    checkpointer.close()
+    mine = sum(leaf.nbytes for leaf in jax.tree.leaves(restored))
+    alive = sum(a.nbytes for a in jax.live_arrays() if id(a) not in live_before)
+    assert alive == mine  # the unrolled blocks are gone
+
+
+def test_a_checkpoint_directory_may_be_remote() -> None:
+    config = Checkpoints(directory="gs://bucket/run/checkpoints")
+    directory = checkpoint_directory(pathlib.Path("runs/x"), config)
+    assert str(directory) == "gs://bucket/run/checkpoints" and str(directory / "3" / "state").startswith("gs://bucket/")
+    assert str(checkpoint_directory("gs://bucket/run", Checkpoints())) == "gs://bucket/run/checkpoints"
+    assert str(checkpoint_directory(pathlib.Path("runs/x"), Checkpoints())) == "runs/x/checkpoints"
+
+
+def test_nothing_is_pickled(tmp_path: pathlib.Path) -> None:
+    root = pathlib.Path(__file__).parents[2]
+    sources = [
+        path
+        for name in ("sparse_lm", "pallas_kernels", "experiments", "scripts")
+        for path in (root / name).rglob("*.py")
+    ]
+    assert len(sources) > 100
+    banned = re.compile(
+        r"^\s*(import|from)\s+(pickle|cPickle|dill|cloudpickle|joblib|shelve|marshal)\b|allow_pickle\s*=\s*True", re.M
+    )
+    assert [str(path) for path in sources if banned.search(path.read_text())] == []
+    saved_steps(tmp_path, 1)
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            # A pickle of protocol 2 and above begins with 0x80 and its version, and ends with a full stop.
+            content = path.read_bytes()
+            assert not (content[:1] == b"\x80" and content[1:2] <= b"\x05" and content.endswith(b".")), path
+            assert b"numpy.core.multiarray" not in content and b"_reconstruct" not in content, path
