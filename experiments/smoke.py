@@ -1,9 +1,10 @@
-"""The smoke transform: any recipe at a size that runs in seconds on a CPU, its kinds of components unchanged."""
+"""The smoke transform: any recipe at a size that runs in seconds on the devices of this machine, its kinds of components unchanged."""
 
 import dataclasses
 from typing import Any
 
 from sparse_lm.config import Config
+from sparse_lm.parallel.mesh import MeshShape
 from sparse_lm.recipe import Recipe
 
 SMALL: dict[str, Any] = {
@@ -23,6 +24,7 @@ SMALL: dict[str, Any] = {
     "documents_per_domain": 40,
     "log_every": 1,
     "experts": 4,
+    "k": 2,
 }
 """Upper bounds by field name, wherever the field occurs."""
 
@@ -40,6 +42,8 @@ def shrink(config: Any) -> Any:
             changes[field.name] = SMALL[field.name]
         elif field.name in SMALL and isinstance(value, int):
             changes[field.name] = min(value, SMALL[field.name])
+    if changes.get("leading"):
+        changes["layers"] = max(changes["layers"], len(changes["leading"]) + 1)
     return dataclasses.replace(config, **changes)
 
 
@@ -48,4 +52,5 @@ def smoke(recipe: Recipe) -> Recipe:
     small = shrink(recipe)
     checkpoint = dataclasses.replace(small.checkpoint, every=4)
     validation = dataclasses.replace(small.validation, every=4)
-    return dataclasses.replace(small, name=f"{recipe.name}_smoke", checkpoint=checkpoint, validation=validation)
+    name = f"{recipe.name}_smoke"
+    return dataclasses.replace(small, name=name, mesh=MeshShape(), checkpoint=checkpoint, validation=validation)

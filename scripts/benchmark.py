@@ -1,7 +1,8 @@
 """Benchmarks: `kernels` times kernels against dense products and other libraries, `tune` finds tilings, `train` times a recipe,
-`checkpoint` times saves and restores.
+`checkpoint` times saves and restores, `scaling` compares all devices with one.
 
 python scripts/benchmark.py train dense_400m --loop-steps 60 --json docs/benchmarks/training.json
+python scripts/benchmark.py scaling dense_1b --json docs/benchmarks/scaling.json
 python scripts/benchmark.py kernels --op block_sparse --json docs/benchmarks/block_sparse_h100.json --picture docs/benchmarks/block_sparse_h100.png
 python scripts/benchmark.py kernels --op grouped --json docs/benchmarks/grouped_h100.json --picture docs/benchmarks/grouped_h100.png
 python scripts/benchmark.py tune --op block_sparse
@@ -112,6 +113,20 @@ def checkpoints(options: argparse.Namespace) -> None:
         pathlib.Path(options.json).write_text(text + "\n")
 
 
+def scaling(arguments: list[str]) -> int:
+    """Times a recipe on one device and over data and fsdp of all devices, and compares steps over every axis with one device."""
+    from experiments import command_line
+    from sparse_lm.train.scaling import run
+
+    sys.argv = [f"{sys.argv[0]} scaling", *arguments]
+    description = "What a mesh costs on this machine."
+    parser = command_line.parser(description)
+    parser.add_argument("--repeats", type=int, default=10, help="timed steps")
+    parser.add_argument("--json", help="write the numbers to this file")
+    recipe, options = command_line.read_recipe(description, parser)
+    return run(recipe, options.repeats, pathlib.Path(options.json) if options.json else None)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs one subcommand; each imports what it needs only then."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,7 +153,10 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--stall-every", type=int, default=50, help="steps between two saves of that run")
     command.add_argument("--json", help="write the numbers to this file")
     command.set_defaults(function=checkpoints)
+    commands.add_parser("scaling", help=scaling.__doc__, add_help=False)
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["scaling"]:
+        sys.exit(scaling(arguments[1:]))
     if arguments[:1] == ["train"]:
         return training(arguments[1:])
     options = parser.parse_args(arguments)

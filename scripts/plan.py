@@ -1,4 +1,8 @@
-"""Says what a recipe will take before it runs: python scripts/plan.py RECIPE [--devices N] [--compile] [--mesh.fsdp 2 ...]."""
+"""Says what a recipe will take before it runs: python scripts/plan.py RECIPE [--devices N] [--compile] [--mesh.fsdp 2 ...].
+
+With --topology v5p:8x8x8 (v5e, v6e) the step is compiled ahead of time for that TPU slice, which need not be there; with h100:64 or
+h200:64 it is lowered for GPUs.
+"""
 
 import sys
 
@@ -8,7 +12,9 @@ from rich.table import Table
 
 from experiments import command_line
 from sparse_lm.accounting import FORMULA
+from sparse_lm.ahead import Ahead, look_ahead
 from sparse_lm.evaluate.finish import output
+from sparse_lm.parallel.topology import topology
 from sparse_lm.plan import PARTS, Compiled, Plan, compile_here, device_count, make_plan
 from sparse_lm.train.progress import count
 
@@ -28,7 +34,22 @@ def main() -> int:
         "--devices", type=int, help="devices of the run, here or not; default: the mesh's own number"
     )
     arguments.add_argument("--compile", action="store_true", help="also compile the step here and print what XLA says")
+    arguments.add_argument(
+        "--topology", metavar="CHIP:SHAPE", help="machines of the run: v5p:8x8x8, v5e:16x16, v6e:8x8, h100:64"
+    )
+    arguments.add_argument(
+        "--require-kernels", action="store_true", help="fail if the program for --topology has no custom kernel"
+    )
     recipe, options = command_line.read_recipe(__doc__, arguments)
+    if options.topology:
+        command_line.or_exit(lambda: topology(options.topology))
+        ahead = command_line.or_exit(
+            lambda: look_ahead(recipe, topology(options.topology), kernels_required=options.require_kernels)
+        )
+        console = output()
+        show(ahead.plan, console)
+        show_ahead(ahead, console)
+        return 0
     devices = device_count(recipe.mesh, jax.device_count()) if options.devices is None else options.devices
     if devices < 1:
         arguments.error(f"--devices = {devices}; allowed: at least 1")
@@ -104,6 +125,54 @@ def memory(plan: Plan) -> Table:
     for name, size in (("activations (estimate)", plan.activation_bytes), ("logits of a chunk", plan.logits_bytes)):
         table.add_row(name, *[""] * len(shown), size_text(size))
     return table
+
+
+def show_ahead(ahead: Ahead, console: Console) -> None:
+    """Prints what the program for a topology holds, sends and takes."""
+    chip, seconds = ahead.topology.chip, ahead.seconds()
+    table = Table(
+        title=f"What each device of {ahead.topology.name} sends in a step", title_justify="left", show_footer=True
+    )
+    table.add_column("collective", footer="total")
+    table.add_column("axes")
+    table.add_column("times", justify="right")
+    table.add_column("largest result", justify="right")
+    table.add_column("sent", justify="right", footer=size_text(ahead.sent_bytes))
+    for kind, axes, times, largest, sent in ahead.table():
+        table.add_row(kind, " x ".join(axes), f"{times:,}", size_text(largest), size_text(sent))
+    console.print(table)
+    share = ahead.memory_bytes / chip.memory_bytes
+    if ahead.compiled is None:
+        console.print(
+            "Lowered, not compiled: collectives of dense matrices are counted from the parameters, memory is the estimate above."
+        )
+    else:
+        compiled = ahead.compiled
+        console.print(
+            f"XLA: {size_text(compiled.argument_bytes)} state and batch, {size_text(compiled.temporary_bytes)} gradients, activations "
+            f"and scratch; compiled in {compiled.seconds:.0f} s",
+            soft_wrap=True,
+        )
+    fits = "fits" if share <= 1 else "does NOT fit"
+    console.print(f"memory: {size_text(ahead.memory_bytes)} of {size_text(chip.memory_bytes)} ({share:.0%}), {fits}")
+    called = ", ".join(f"{name} x {count}" for name, count in ahead.kernels.items()) or "none"
+    console.print(f"kernels in the program: {called}")
+    console.print(ahead.choices)
+    rates = f"{chip.link_rate / 1e9:.0f} GB/s"
+    if chip.machine is not None:
+        rates += f", groups of more than {chip.machine} at {chip.network_rate / 1e9:.0f} GB/s"
+    useful = ahead.plan.step_flops / ahead.plan.devices / chip.flops
+    console.print(
+        f"roofline: compute {seconds['compute']:.3g} s ({ahead.executed_flops:.3g} FLOPs at {chip.flops / 1e12:.0f} TFLOP/s), exchange "
+        f"{seconds['exchange']:.3g} s (at {rates}), state {seconds['state']:.3g} s (read and written once at "
+        f"{chip.memory_rate / 1e9:.0f} GB/s)",
+        soft_wrap=True,
+    )
+    console.print(
+        f"a step takes at best {seconds['best']:.3g} s (everything hidden: MFU {useful / seconds['best']:.0%}), at worst "
+        f"{seconds['worst']:.3g} s (nothing hidden: MFU {useful / seconds['worst']:.0%}), at the peak rates of the data sheet",
+        soft_wrap=True,
+    )
 
 
 def size_text(size: float) -> str:

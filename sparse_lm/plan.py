@@ -219,9 +219,11 @@ def _residual_bytes(definition: Definition, rows: int, length: int) -> int:
 
 def logits_bytes(recipe: Recipe, rows: int, mesh: Any) -> int:
     """Returns the bytes of one chunk's float32 logits and their gradient on each device."""
-    vocabulary, length = recipe.model.vocab_size, recipe.data.sequence_length
+    vocabulary, tensor = recipe.model.vocab_size, mesh.shape["tensor"]
+    vocabulary = vocabulary if vocabulary % tensor else vocabulary // tensor
+    length = recipe.data.sequence_length // mesh.shape["context"]
     chunk = length // chunks_of(rows, length, vocabulary)
-    return 2 * 4 * rows * chunk * vocabulary // mesh.shape["context"]
+    return 2 * 4 * rows * chunk * vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +247,11 @@ class Compiled:
     temporary_bytes: int
     flops: float | None
 
+    @property
+    def peak_bytes(self) -> int:
+        """What a device holds at most: arguments, outputs that reuse none of them, and scratch."""
+        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temporary_bytes
+
 
 def compile_here(recipe: Recipe) -> Compiled:
     """Lowers and compiles the real step for this machine's devices; nothing runs.
@@ -254,7 +261,11 @@ def compile_here(recipe: Recipe) -> Compiled:
     """
     session = open_session(recipe)
     check_batch(recipe, session.mesh)
-    compiled, seconds = session.compile_step()
+    return analysis(*session.compile_step())
+
+
+def analysis(compiled: Any, seconds: float) -> Compiled:
+    """Reads XLA's analysis of a compiled step."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     cost = cost[0] if isinstance(cost, (list, tuple)) else cost
     return Compiled(

@@ -83,6 +83,7 @@ BAD: list[tuple[dict[str, Any], str, Any, str]] = [
     ({"model.pattern.0.experts": 0}, "model.pattern.0.experts", 0, "at least 1"),
     ({"model.pattern.0.shared_hidden": -1}, "model.pattern.0.shared_hidden", -1, "0 (none) or above"),
     ({"model.pattern.0.group_sequences": 0}, "model.pattern.0.group_sequences", 0, "at least 1"),
+    ({"model.pattern.0.receive_factor": 0.5}, "model.pattern.0.receive_factor", 0.5, "at least 1"),
     ({"model.pattern.2.group_sequences": 2}, "model.pattern.2.group_sequences", 2, "1, as in the other routed layers"),
     ({"model.pattern.2.router.k": 9}, "model.pattern.2.router.k", 9, "the number of experts, 8"),
     ({"model.pattern.0.router.k": 0}, "model.pattern.0.router.k", 0, "at least 1"),

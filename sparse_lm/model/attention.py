@@ -16,6 +16,9 @@ from sparse_lm.config import Config, component
 from sparse_lm.layers.norm import RMSNorm
 from sparse_lm.layers.projection import DenseProjection, Projection
 from sparse_lm.model.cudnn_attention import attend_cudnn, cudnn_reason
+from sparse_lm.model.splash_attention import attend_splash, splash_reason
+from sparse_lm.parallel.mesh import current
+from sparse_lm.parallel.rules import spec_of, split_tokens
 
 CHUNK = 1024
 """Queries scored at once by the plain path when there are more: bounds its memory at [B, H, CHUNK, L]."""
@@ -95,13 +98,60 @@ def attend_plain(
     return jnp.moveaxis(out, 0, 1).reshape(q_BQHN.shape)
 
 
-def attend(q_BQHN: jax.Array, k_BLJN: jax.Array, v_BLJN: jax.Array, spec: AttentionSpec, scale: float) -> jax.Array:
-    """Attention by the best path of the platform that the program is lowered for; see `attend_plain` for arguments."""
+def attend_here(
+    q_BQHN: jax.Array, k_BLJN: jax.Array, v_BLJN: jax.Array, spec: AttentionSpec, scale: float
+) -> jax.Array:
+    """Attention on one device by the best path of the platform that the program is lowered for; arguments as in `attend_plain`."""
     plain = functools.partial(attend_plain, spec=spec, scale=scale)
-    if cudnn_reason(q_BQHN, k_BLJN, spec) is not None:
+    fast = {}
+    if cudnn_reason(q_BQHN, k_BLJN, spec) is None:
+        fast["cuda"] = functools.partial(attend_cudnn, spec=spec, scale=scale)
+    if splash_reason(q_BQHN, k_BLJN, spec) is None:
+        fast["tpu"] = functools.partial(attend_splash, spec=spec, scale=scale)
+    if not fast:
         return plain(q_BQHN, k_BLJN, v_BLJN)
-    fast = functools.partial(attend_cudnn, spec=spec, scale=scale)
-    return jax.lax.platform_dependent(q_BQHN, k_BLJN, v_BLJN, cuda=fast, default=plain)
+    return jax.lax.platform_dependent(q_BQHN, k_BLJN, v_BLJN, default=plain, **fast)
+
+
+def attend(
+    q_BQHN: jax.Array, k_BLJN: jax.Array, v_BLJN: jax.Array, spec: AttentionSpec, scale: float, *, plain: bool = False
+) -> jax.Array:
+    """Attention of whole sequences on one device or, on a mesh, on all: rows and heads where they are, keys gathered over `context`.
+
+    Args:
+      q_BQHN, k_BLJN, v_BLJN, scale: as in `attend_plain`.
+      spec: as in `attend_plain`; on a mesh the queries are the keys' positions.
+      plain: use the path in plain JAX on every platform.
+    """
+    path, mesh = attend_plain if plain else attend_here, current()
+    if mesh is None:
+        return path(q_BQHN, k_BLJN, v_BLJN, spec, scale)
+    tokens = split_tokens(q_BQHN.shape[0], q_BQHN.shape[1], mesh)
+    heads, key_heads = q_BQHN.shape[2], k_BLJN.shape[2]
+    split, key_split = (spec_of(("heads",), (size,), mesh)[0] for size in (heads, key_heads))
+    assert spec.segments_BL is not None and spec.query_segments_BQ is None
+
+    def device(q_BQHN: jax.Array, k_BLJN: jax.Array, v_BLJN: jax.Array, segments_BL: jax.Array) -> jax.Array:
+        mine = dataclasses.replace(spec, segments_BL=segments_BL)
+        axis = tokens.context
+        if axis is not None:
+            k_BLJN, v_BLJN, keys_BL = (
+                jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in (k_BLJN, v_BLJN, segments_BL)
+            )
+            first = jax.lax.axis_index(axis) * q_BQHN.shape[1]
+            mine = dataclasses.replace(spec, segments_BL=keys_BL, query_segments_BQ=segments_BL, query_offset=first)
+        if split is not None and key_split is None:
+            # Every shard holds all key heads: take the one of each of its query heads.
+            own = q_BQHN.shape[2]
+            head_H = (jax.lax.axis_index(split) * own + jnp.arange(own)) * key_heads // heads
+            k_BLJN, v_BLJN = (jnp.take(a, head_H, axis=2) for a in (k_BLJN, v_BLJN))
+        return path(q_BQHN, k_BLJN, v_BLJN, mine, scale)
+
+    queries, keys = tokens.spec(split, None), tokens.spec(key_split, None)
+    run = jax.shard_map(
+        device, mesh=mesh, in_specs=(queries, keys, keys, tokens.spec()), out_specs=queries, check_vma=False
+    )
+    return run(q_BQHN, k_BLJN, v_BLJN, spec.segments_BL)
 
 
 def rotary_angles(positions_BL: jax.Array, size: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -212,7 +262,6 @@ class AttentionLayer(nnx.Module):
             v_BLJN = jax.lax.dynamic_update_slice_in_dim(cache.v_BLJN, v_BLJN.astype(cache.v_BLJN.dtype), offset, 1)
             cache = Cache(k_BLJN, v_BLJN, offset + length)
             spec = AttentionSpec(query_offset=offset, window=config.window)
-        path = attend if config.backend == "auto" else attend_plain
-        out_BLHN = path(q_BLHN, k_BLJN, v_BLJN, spec, self.scale)
+        out_BLHN = attend(q_BLHN, k_BLJN, v_BLJN, spec, self.scale, plain=config.backend == "plain")
         out_BLHN = checkpoint_name(out_BLHN, "attention")
         return self.out(out_BLHN.reshape(batch, length, -1)), cache

@@ -92,9 +92,9 @@ class Definition:
     def token_losses(self, params: Tree, model_state: Tree, batch: Batch) -> tuple[jax.Array, Aux]:
         """Returns (cross-entropy of every position [B, L], Aux): for evaluation."""
         h_BLD, head_DV, aux, _ = self.hidden(params, model_state, token_info(batch))
-        losses_BL = loss.token_losses(
-            h_BLD, head_DV, batch["targets_BL"], softcap=self.config.logit_softcap, multiplier=self.logits_multiplier()
-        )
+        cap, multiplier = self.config.logit_softcap, self.logits_multiplier()
+        with self.on_mesh():
+            losses_BL = loss.token_losses(h_BLD, head_DV, batch["targets_BL"], softcap=cap, multiplier=multiplier)
         return losses_BL * (batch["segments_BL"] > 0), aux
 
     def objective(
@@ -114,15 +114,10 @@ class Definition:
         """
         h_BLD, head_DV, aux, _ = self.hidden(params, model_state, token_info(batch, key))
         mask_BL = (batch["segments_BL"] > 0).astype(jnp.float32)
-        objective, entropy = loss.cross_entropy(
-            h_BLD,
-            head_DV,
-            batch["targets_BL"],
-            mask_BL,
-            self.config.logit_softcap,
-            self.logits_multiplier(),
-            self.config.z_coefficient,
-        )
+        config, targets_BL = self.config, batch["targets_BL"]
+        caps = config.logit_softcap, self.logits_multiplier(), config.z_coefficient
+        with self.on_mesh():
+            objective, entropy = loss.cross_entropy(h_BLD, head_DV, targets_BL, mask_BL, *caps)
         total = (objective + aux.objective["tokens"]) / units["tokens"] + aux.objective["groups"] / units["groups"]
         metrics = {"loss": (entropy, jnp.sum(mask_BL)), "blocks": aux.metrics}
         return total, {"metrics": jax.lax.stop_gradient(metrics), "statistics": jax.lax.stop_gradient(aux.statistics)}

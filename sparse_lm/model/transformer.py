@@ -22,7 +22,7 @@ from sparse_lm.layers.parameter import RUN_KEY, declare
 from sparse_lm.layers.parametrization import Parametrization, Standard
 from sparse_lm.model.attention import Attention, Cache, rotary_angles
 from sparse_lm.model.block import Block
-from sparse_lm.parallel.rules import as_tokens
+from sparse_lm.model.embedding import lookup
 from sparse_lm.routing.exchange import PLAN, ROWS
 
 SavedName = Literal["query", "key", "value", "attention", "gate", "up", "router_plan"]
@@ -149,7 +149,7 @@ class Transformer(nnx.Module):
           (hidden states [B, L, D] in the compute dtype, Aux, the updated cache).
         """
         config = self.config
-        x_BLD = as_tokens(self.embedding[...].at[info.tokens_BL].get(mode="clip").astype(config.dtype))
+        x_BLD = lookup(self.embedding[...], info.tokens_BL, config.dtype)
         angles = rotary_angles(info.positions_BL, config.attention.head_dim, config.attention.rope_theta)
         reports: dict[str, Aux] = {}
         caches: dict[str, Cache] = {}

@@ -61,9 +61,17 @@ class MeshShape(Config):
         if devices[0].platform == "tpu":
             from jax.experimental import mesh_utils
 
-            grid = mesh_utils.create_device_mesh(
-                shape, devices, allow_split_physical_axes=self.allow_split_physical_axes
-            )
+            try:
+                grid = mesh_utils.create_device_mesh(
+                    shape, devices, allow_split_physical_axes=self.allow_split_physical_axes
+                )
+            except NotImplementedError as error:
+                written = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape) if size > 1)
+                torus = " x ".join(str(max(d.coords[i] for d in devices) + 1) for i in range(3))
+                allowed = f"True for the mesh {written} on a {torus} torus, whose axes it must split"
+                if self.allow_split_physical_axes:
+                    raise ConfigError("mesh", written, f"sizes that lie on a {torus} torus") from error
+                raise ConfigError("mesh.allow_split_physical_axes", False, allowed) from error
         else:
             grid = np.asarray(devices).reshape(shape)
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

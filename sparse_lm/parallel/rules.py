@@ -1,6 +1,6 @@
 """The one table from logical dims to mesh axes, and the shardings that follow from it."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
@@ -38,12 +38,12 @@ def spec_of(dims: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | Abstract
     return P(*axes)
 
 
-def shardings(dims: Any, shapes: Any, mesh: Mesh) -> Any:
+def shardings(dims: Any, shapes: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Returns the NamedShardings of nested dicts of dims and shapes."""
     return map_leaves(lambda _, d, s: NamedSharding(mesh, spec_of(d, s, mesh)), dims, shapes)
 
 
-def undivided(dims: Any, shapes: Any, mesh: Mesh) -> list[str]:
+def undivided(dims: Any, shapes: Any, mesh: Mesh | AbstractMesh) -> list[str]:
     """Names the dims that a mesh axis should split but does not divide, for the run's start table."""
     found: list[str] = []
 
@@ -57,22 +57,44 @@ def undivided(dims: Any, shapes: Any, mesh: Mesh) -> list[str]:
     return found
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of [B, L] batches: sequences over data, fsdp and expert, positions over context."""
     return NamedSharding(mesh, P(BATCH_AXES, "context"))
 
 
-def token_spec(rows: int, length: int, mesh: Mesh | AbstractMesh) -> P:
-    """Returns how arrays [rows, length, ...] of tokens are split inside the program.
+class TokenSplit(NamedTuple):
+    """How the tokens of a program are split.
+
+    Attributes:
+      rows: axes that split the sequences.
+      context: axis that splits each sequence, or None.
+    """
+
+    rows: tuple[str, ...]
+    context: str | None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """All of them."""
+        return self.rows if self.context is None else (*self.rows, self.context)
+
+    def spec(self, *rest: str | None) -> P:
+        """Returns the partition of an array [rows, length, *rest]."""
+        return P(self.rows, self.context, *rest)
+
+
+def split_tokens(rows: int, length: int, mesh: Mesh | AbstractMesh) -> TokenSplit:
+    """Returns the split of arrays [rows, length, ...] of tokens inside the program.
 
     As `batch_sharding` says, but an axis that does not divide what is left of the rows (an evaluation batch) keeps them whole.
     """
     axes: list[str] = []
     for axis in BATCH_AXES:
-        if rows % mesh.shape[axis] == 0:
+        if mesh.shape[axis] > 1 and rows % mesh.shape[axis] == 0:
             axes.append(axis)
             rows //= mesh.shape[axis]
-    return P(tuple(axes), "context" if length % mesh.shape["context"] == 0 else None)
+    context = mesh.shape["context"]
+    return TokenSplit(tuple(axes), "context" if context > 1 and length % context == 0 else None)
 
 
 def as_tokens(x: jax.Array) -> jax.Array:
@@ -83,15 +105,15 @@ def as_tokens(x: jax.Array) -> jax.Array:
     mesh = current()
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, token_spec(x.shape[0], x.shape[1], mesh))
+    return jax.lax.with_sharding_constraint(x, split_tokens(x.shape[0], x.shape[1], mesh).spec())
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding that keeps an array whole on every device."""
     return NamedSharding(mesh, P())
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Returns the number of pieces that a batch is split into along its sequences."""
     size = 1
     for axis in BATCH_AXES:

@@ -111,8 +111,8 @@ def _rounds(x_ND: jax.Array, route: Route, rows: int, axis: str) -> jax.Array:
     return jax.lax.while_loop(lambda state: state[0] < needed, one, (jnp.int32(0), empty_RD))[1]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def exchange(x_ND: jax.Array, route: Route, rows: int, axis: str) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def exchange(x_ND: jax.Array, route: Route, rows: int, axis: str, platform: str | None = None) -> jax.Array:
     """Sends rows along a route.
 
     Args:
@@ -120,21 +120,25 @@ def exchange(x_ND: jax.Array, route: Route, rows: int, axis: str) -> jax.Array:
       route: from `plan_exchange`, or its `back()`.
       rows: size of the receiving side.
       axis: name of the mesh axis.
+      platform: of the mesh, where it is known while tracing. The choice between platforms is otherwise left to the lowering, in a
+        conditional that XLA keeps around collectives, and nothing overlaps with them.
 
     Returns:
       [rows, D]: what came, in the order of the sending shards; the rest is zero.
     """
     ragged, rounds = (functools.partial(way, rows=rows, axis=axis) for way in (_ragged, _rounds))
+    if platform is not None:
+        return (ragged if platform in ("cuda", "gpu", "tpu") else rounds)(x_ND, route)
     return jax.lax.platform_dependent(x_ND, route, cuda=ragged, tpu=ragged, default=rounds)
 
 
-def _exchange_forward(x_ND, route, rows, axis):
-    return exchange(x_ND, route, rows, axis), (route, x_ND.shape[0])
+def _exchange_forward(x_ND, route, rows, axis, platform):
+    return exchange(x_ND, route, rows, axis, platform), (route, x_ND.shape[0])
 
 
-def _exchange_backward(rows, axis, residuals, dy_RD):
+def _exchange_backward(rows, axis, platform, residuals, dy_RD):
     route, sent = residuals
-    return exchange(dy_RD, route.back(), sent, axis), None
+    return exchange(dy_RD, route.back(), sent, axis, platform), None
 
 
 exchange.defvjp(_exchange_forward, _exchange_backward)

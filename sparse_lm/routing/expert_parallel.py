@@ -14,6 +14,7 @@ assignments of a device, P shards of `expert`, M experts of a shard, Q rows of t
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,8 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from sparse_lm.layers.parameter import map_leaves
-from sparse_lm.parallel.rules import spec_of, token_spec
+from sparse_lm.parallel.collectives import sum_of_copies
+from sparse_lm.parallel.rules import spec_of, split_tokens
 from sparse_lm.routing.dispatch import dispatch_local, gather_rows, return_rows, sort_by_expert
 from sparse_lm.routing.exchange import ROWS, exchange, plan_exchange, starts
 from sparse_lm.routing.plan import RoutingPlan
@@ -48,22 +50,6 @@ class Experts:
     apply: Callable[[Any, jax.Array, jax.Array, jax.Array | None], jax.Array]
     weights: Any
     dims: Any
-
-
-@jax.custom_vjp
-def _sum_over_tensor(x: jax.Array) -> jax.Array:
-    """Sums over the tensor axis a value that leaves shard_map as one copy of many.
-
-    shard_map hands each copy its share of the cotangent, 1 / size; psum's own transpose would sum the shares by a second exchange.
-    """
-    return jax.lax.psum(x, "tensor")
-
-
-def _sum_over_tensor_backward(_: None, share: jax.Array) -> tuple[jax.Array]:
-    return (share * jax.lax.axis_size("tensor"),)
-
-
-_sum_over_tensor.defvjp(lambda x: (_sum_over_tensor(x), None), _sum_over_tensor_backward)
 
 
 def piece_of(plan: RoutingPlan, sequences: int, pieces: int, index: jax.Array) -> RoutingPlan:
@@ -119,14 +105,14 @@ def dispatch_on_mesh(
     """
     batch, length, d_model = x_BLD.shape
     groups = plan.slot_GSR.shape[0]
-    tokens = token_spec(groups, length, mesh)
-    rows_axes, context = tokens
-    pieces = mesh.shape["context"] if context else 1
+    tokens = split_tokens(groups, length, mesh)
+    pieces = mesh.shape[tokens.context] if tokens.context else 1
     specs = map_leaves(lambda _, dims, leaf: spec_of(dims, leaf.shape, mesh), experts.dims, experts.weights)
     leaf_specs = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, P))
+    device_kind = mesh.abstract_device
+    platform = device_kind.platform if device_kind is not None else None
     shards = mesh.shape["expert"] if any("expert" in spec for spec in leaf_specs) else 1
     partial = any("tensor" in spec for spec in leaf_specs)
-    every = (*rows_axes, *((context,) if context else ()))
 
     def compute(weights: Any, rows_AD: jax.Array, sizes_M: jax.Array, weight_A: jax.Array | None) -> jax.Array:
         def whole(_: str, leaf: jax.Array, spec: P) -> jax.Array:
@@ -149,17 +135,18 @@ def dispatch_on_mesh(
         if shards == 1:
             y_TD = dispatch_local(x_TD, plan, lambda rows, sizes: compute(weights, rows, sizes, None))
         else:
-            y_TD, lost = _dispatch_to_shards(x_TD, plan, lambda *rows: compute(weights, *rows), shards, receive_factor)
+            experts_of_shard = functools.partial(compute, weights)
+            y_TD, lost = _dispatch_to_shards(x_TD, plan, experts_of_shard, shards, receive_factor, platform)
         if partial:
-            y_TD = _sum_over_tensor(y_TD)
+            y_TD = sum_of_copies(y_TD, "tensor")
         return y_TD.reshape(x_BLD.shape), lost[None]
 
-    x_spec = P(*tokens, None)
+    x_spec, groups_spec = tokens.spec(None), P(tokens.rows)
     plan_spec = dataclasses.replace(
-        plan, token_GA=P(rows_axes), expert_GA=P(rows_axes), weight_GA=P(rows_axes), slot_GSR=P(rows_axes), dropped=P()
+        plan, token_GA=groups_spec, expert_GA=groups_spec, weight_GA=groups_spec, slot_GSR=groups_spec, dropped=P()
     )
     run = jax.shard_map(
-        device, mesh=mesh, in_specs=(x_spec, plan_spec, specs), out_specs=(x_spec, P(every)), check_vma=False
+        device, mesh=mesh, in_specs=(x_spec, plan_spec, specs), out_specs=(x_spec, P(tokens.axes)), check_vma=False
     )
     y_BLD, lost = run(x_BLD, plan, experts.weights)
     return y_BLD, jax.lax.stop_gradient(jnp.sum(lost))
@@ -177,6 +164,7 @@ def _dispatch_to_shards(
     compute: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     shards: int,
     receive_factor: float,
+    platform: str | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Executes a device's plan by the experts of all shards; returns ([T, D], assignments that found a buffer full)."""
     order = sort_by_expert(plan)
@@ -193,7 +181,7 @@ def _dispatch_to_shards(
     by_shard_Q = _shifted((first_PM.T - first_MP).reshape(-1), sizes_MP.reshape(-1), buffer)
 
     def send(rows: jax.Array) -> jax.Array:
-        came = checkpoint_name(exchange(rows, route, buffer, "expert"), ROWS)
+        came = checkpoint_name(exchange(rows, route, buffer, "expert", platform), ROWS)
         return gather_rows(came, by_shard_Q, by_expert_Q[:, None])
 
     rows_QD = send(gather_rows(x_TD, order.token_A, order.row_TR))
@@ -201,7 +189,7 @@ def _dispatch_to_shards(
     weight_Q = send(order.weight_A[:, None])[:, 0]
     y_QD = compute(rows_QD, jnp.sum(sizes_PM, axis=0), weight_Q)
     y_QD = gather_rows(y_QD, by_expert_Q, by_shard_Q[:, None])
-    y_AD = exchange(y_QD, route.back(), total, "expert")
+    y_AD = exchange(y_QD, route.back(), total, "expert", platform)
     return return_rows(y_AD, order.row_TR, order.token_A), lost.astype(jnp.float32)
 
 

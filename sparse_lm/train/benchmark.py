@@ -53,13 +53,15 @@ def time_calls(function: Callable[[], Any], *, warmup: int = 2, repeats: int = 1
     return (time.perf_counter() - start) / repeats
 
 
-def time_step(recipe: Recipe, *, repeats: int = 10, mean_document: int = 2000) -> dict[str, Any]:
-    """Compiles and times the bare training step of a recipe, populations included.
+def time_step(
+    recipe: Recipe, *, repeats: int = 10, mean_document: int = 2000, devices: list[jax.Device] | None = None
+) -> dict[str, Any]:
+    """Compiles and times the bare training step of a recipe, populations included, on the given devices or all.
 
     Returns:
       {"step_ms", "host_ms" (time to enqueue a step), "tokens_per_s" (over all members), "mfu", "compile_s", "peak_gib", "loss"}.
     """
-    session = open_session(recipe)
+    session = open_session(recipe, devices)
     state = session.create()
     length = recipe.data.sequence_length
     vocabulary, rows = recipe.model.vocab_size, recipe.data.batch_size

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import map_leaves
@@ -45,7 +45,7 @@ class Session:
 
     recipe: Recipe
     definition: Definition
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     abstract: TrainState
     dims: TrainState
     shardings: TrainState
@@ -78,12 +78,8 @@ class Session:
 
         return {name: place(batch[name]) for name in MODEL_ARRAYS}
 
-    def compile_step(self, documents: int = 1) -> tuple[Any, float]:
-        """Compiles the step ahead of time for batches with up to `documents` documents in a row.
-
-        Returns:
-          (step(state, batch) -> (state, metrics), seconds).
-        """
+    def trace_step(self, documents: int = 1) -> Any:
+        """Traces the step for batches with up to `documents` documents in a row; returns JAX's traced program."""
         recipe, definition = self.recipe, for_documents(self.definition, documents)
         step = over_members(build_step(definition, recipe.optimizer, recipe.train), recipe.population, (0, None, 0))
         shape = (recipe.data.batch_size, recipe.data.sequence_length)
@@ -101,13 +97,21 @@ class Session:
         def placed(state: TrainState, batch: dict[str, jax.Array]) -> Any:
             return step(state, batch, multipliers)
 
-        start = time.perf_counter()
         jitted = jax.jit(placed, donate_argnums=0, out_shardings=(self.shardings, rules.replicated(self.mesh)))
-        compiled = jitted.lower(state, batch).compile()
+        return jitted.trace(state, batch)
+
+    def compile_step(self, documents: int = 1) -> tuple[Any, float]:
+        """Compiles the step ahead of time for batches with up to `documents` documents in a row.
+
+        Returns:
+          (step(state, batch) -> (state, metrics), seconds).
+        """
+        start = time.perf_counter()
+        compiled = self.trace_step(documents).lower().compile()
         return compiled, time.perf_counter() - start
 
 
-def check_division(recipe: Recipe, mesh: Mesh) -> None:
+def check_division(recipe: Recipe, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError if a batch does not divide over the mesh: routing groups and microbatches stay whole on their shard."""
     pieces, sequences, shards = recipe.train.microbatches, recipe.group_sequences(), rules.batch_shards(mesh)
     if recipe.data.batch_size % (pieces * sequences * shards):
@@ -121,13 +125,20 @@ def check_division(recipe: Recipe, mesh: Mesh) -> None:
         raise ConfigError("data.sequence_length", recipe.data.sequence_length, allowed)
 
 
-def open_session(recipe: Recipe, devices: list[jax.Device] | None = None) -> Session:
+def open_session(
+    recipe: Recipe, devices: list[jax.Device] | None = None, *, mesh: Mesh | AbstractMesh | None = None
+) -> Session:
     """Builds the mesh, the abstract model and the shardings of a recipe.
+
+    Args:
+      recipe: the recipe.
+      devices: the devices of the mesh; None: all.
+      mesh: the mesh itself instead, for planning: an abstract one can be traced for but holds no arrays.
 
     Raises:
       ConfigError: if the mesh does not fit the devices or the batch does not divide over it.
     """
-    mesh = recipe.mesh.build(devices)
+    mesh = recipe.mesh.build(devices) if mesh is None else mesh
     check_division(recipe, mesh)
     attention = recipe.model.attention
     if recipe.population.active:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sparse_lm.model import attention
+from sparse_lm.model import attention, splash_attention
 from sparse_lm.model.attention import AttentionSpec, attend, rotary_angles, rotate
 from sparse_lm.model.cudnn_attention import cudnn_reason, document_offsets
 
@@ -151,3 +151,30 @@ def test_why_cudnn_cannot_serve_is_said() -> None:
     assert "multiple of 8" in reason(size=20)
     if not any(device.platform == "gpu" for device in jax.devices()):
         assert "no GPU" in reason()
+
+
+@pytest.mark.parametrize("window", [None, pytest.param(40, marks=pytest.mark.slow)])
+def test_the_tpu_kernel_is_plain_attention(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Pallas's interpreter, packed documents and padding, gradients included."""
+    monkeypatch.setattr(splash_attention, "INTERPRET", True)
+    normal = np.random.default_rng(0).normal
+    q, k, v = (normal(size=(1, 128, heads, 64)).astype(np.float32) for heads in (2, 1, 1))
+    spec = AttentionSpec(tiny.batch((60, 50), length=128)["segments_BL"], window=window)
+    cotangent = normal(size=q.shape).astype(np.float32) * (spec.segments_BL > 0)[..., None, None]
+    assert splash_attention.splash_reason(q, k, spec) is None
+
+    def run(path):
+        total = lambda q, k, v: jnp.sum(path(q, k, v, spec, 0.3) * cotangent)  # noqa: E731
+        return tiny.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
+
+    for a, b in zip(*(jax.tree.leaves(run(path)) for path in (splash_attention.attend_splash, attention.attend_plain))):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_why_the_tpu_kernel_cannot_serve_is_said() -> None:
+    shapes = [jax.ShapeDtypeStruct((2, rows, 4, 64), jnp.bfloat16) for rows in (100, 128, 64)]
+    spec = AttentionSpec()
+    assert "multiple of 128" in splash_attention.splash_reason(shapes[0], shapes[0], spec)
+    assert "cache" in splash_attention.splash_reason(shapes[2], shapes[1], spec)
+    narrow = jax.ShapeDtypeStruct((2, 128, 4, 8), jnp.bfloat16)
+    assert "head dim" in splash_attention.splash_reason(narrow, narrow, spec)

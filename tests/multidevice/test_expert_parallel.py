@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.grouped_matmul import grouped_matmul
 from sparse_lm.model.transformer import NEVER_REPEATED
@@ -174,26 +175,24 @@ def sent_bytes(text: str) -> list[int]:
 @pytest.mark.parametrize("remat", ["none", "block"])
 def test_rows_are_exchanged_once_each_way_and_no_more_than_there_are(remat) -> None:
     """Lowered for GPUs: forward and backward each send A rows to the experts and A back, whatever remat recomputes."""
-    mesh = mesh_of(fsdp=2, expert=4)
-    shape = jax.ShapeDtypeStruct
+    mesh = AbstractMesh((1, 2, 4, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P()))
     x_BLD, weights, weight_GA, _ = arguments()
     plan = plan_of("random", weight_GA)
 
     def total(x_BLD, weights, weight_GA):
         def layer(x_BLD, weights, weight_GA):
             routed = dataclasses.replace(plan, weight_GA=weight_GA)
-            return dispatch_on_mesh(mesh.abstract_mesh, x_BLD, routed, Experts(apply, weights, DIMS), 1.5)[0]
+            return dispatch_on_mesh(mesh, x_BLD, routed, Experts(apply, weights, DIMS), 1.5)[0]
 
         if remat == "block":
             layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*NEVER_REPEATED))
         return jnp.sum(jnp.sin(layer(x_BLD, weights, weight_GA).astype(jnp.float32)))
 
     half = functools.partial(jax.tree.map, lambda a: shape(a.shape, jnp.bfloat16))
-    with jax.set_mesh(mesh):
-        traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(
-            half(x_BLD), half(weights), shape(weight_GA.shape, jnp.float32)
-        )
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    step = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+    traced = step.trace(half(x_BLD), half(weights), shape(weight_GA.shape, jnp.float32))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
     rows = 1 * (L * R + 2)  # A: slots of the one sequence of a device
     sent = sent_bytes(text)
     # each way: A rows of D numbers in bfloat16 out, A back, and the A float32 weights with the rows

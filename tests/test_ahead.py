@@ -1,0 +1,85 @@
+"""Plans for machines that are not there: what the program sends, by hand; the real step through libtpu among the slow tests."""
+
+import dataclasses
+
+import pytest
+import tiny
+
+from sparse_lm.ahead import KernelsMissing, look_ahead
+from sparse_lm.config import ConfigError
+from sparse_lm.layers.feed_forward import DenseFeedForward
+from sparse_lm.model.attention import Attention
+from sparse_lm.parallel.mesh import MeshShape
+from sparse_lm.parallel.topology import topology
+from sparse_lm.recipe import Recipe
+from sparse_lm.routing.experts import MoEFeedForward
+from sparse_lm.routing.top_k import TopKRouter
+
+
+def test_what_a_routed_step_sends_on_gpus(tmp_path) -> None:
+    recipe = tiny.recipe(tmp_path, tiny.MOE, data__batch_size=8, model__remat="block")
+    ahead = look_ahead(dataclasses.replace(recipe, mesh=MeshShape(data=1, fsdp=2, expert=4)), topology("h100:8"))
+    exchanges = [c for c in ahead.collectives if c.kind == "ragged-all-to-all"]
+    # A = 1 sequence x 32 tokens x 2 experts = 64 rows of D = 16 float32; 3 of 4 parts leave the device.
+    rows = [c for c in exchanges if c.sent_bytes == 64 * 16 * 4 * 3 / 4]
+    weights = [c for c in exchanges if c.sent_bytes == 64 * 4 * 3 / 4]
+    # Two layers, forward and backward, out and back; weights go once each way. Remat repeats none.
+    assert (len(rows), len(weights), len(exchanges)) == (8, 4, 12)
+    assert {c.axes for c in exchanges} == {("expert",)}
+    assert sum(c.total_bytes for c in rows) <= 2 * 2 * 2 * 64 * 16 * 4
+    gathers = [c for c in ahead.collectives if c.kind == "all-gather"]
+    assert gathers and all("expert" not in c.axes for c in gathers)
+    # By hand: two matrices of experts in and one out, an expert's 16 x 16 float32 over fsdp = 2, forward and in remat's replay.
+    experts = [c for c in gathers if c.result_bytes == 16 * 16 * 4]
+    assert len(experts) >= 2 * 2 * 3
+    assert ahead.compiled is None and ahead.memory_bytes == ahead.plan.total_bytes
+    seconds = ahead.seconds()
+    assert seconds["best"] == max(seconds["compute"], seconds["exchange"]) + seconds["state"] < seconds["worst"]
+    # Eight devices are one machine: everything at NVLink's rate.
+    assert seconds["exchange"] == pytest.approx(ahead.sent_bytes / 450e9)
+
+
+def test_missing_kernels_are_an_error_when_asked_for(tmp_path) -> None:
+    with pytest.raises(KernelsMissing, match="no custom kernel"):
+        look_ahead(tiny.recipe(tmp_path), topology("h100:1"), kernels_required=True)
+
+
+def test_a_mesh_that_must_split_a_torus_axis_names_the_setting() -> None:
+    pytest.importorskip("libtpu")
+    devices = topology("v5p:4x4x4").attach()
+    with pytest.raises(ConfigError, match=r"allow_split_physical_axes = False.*fsdp=8 x expert=8 on a 4 x 4 x 4 torus"):
+        MeshShape(data=1, fsdp=8, expert=8).build(devices)
+    mesh = MeshShape(data=1, fsdp=8, expert=8, allow_split_physical_axes=True).build(devices)
+    assert (mesh.shape["fsdp"], mesh.shape["expert"]) == (8, 8)
+    with pytest.raises(ValueError, match="libtpu cannot describe it"):
+        topology("v5p:3x5x7").attach()
+
+
+@pytest.mark.slow
+def test_the_real_step_is_compiled_for_a_tpu_slice() -> None:
+    pytest.importorskip("libtpu")
+    base = Recipe(name="small")
+    moe = MoEFeedForward(experts=4, hidden=256, shared_hidden=256, receive_factor=2.0, router=TopKRouter(k=2))
+    attention = Attention(heads=4, kv_heads=2, head_dim=128)
+    model = dataclasses.replace(
+        base.model,
+        d_model=512,
+        layers=3,
+        attention=attention,
+        leading=(DenseFeedForward(hidden=512),),
+        pattern=(moe,),
+        compute_dtype="bfloat16",
+        execution="scanned",
+        remat="block",
+    )
+    data = dataclasses.replace(base.data, sequence_length=512, batch_size=8)
+    recipe = dataclasses.replace(base, model=model, data=data, mesh=MeshShape(data=1, fsdp=2, expert=4))
+    ahead = look_ahead(recipe, topology("v5p:2x2x2"), kernels_required=True)
+    assert ahead.kernels["tpu_custom_call"] >= 4  # attention and the experts' products, forward and backward
+    assert 0 < ahead.memory_bytes < 2**31
+    sent = [c for c in ahead.collectives if c.kind == "ragged-all-to-all"]
+    # two routed layers in one scan: rows and weights out, rows back; the same backward
+    assert sum(c.times for c in sent) == 2 * 6 and {c.axes for c in sent} == {("expert",)}
+    payload = sum(c.total_bytes for c in sent if c.result_bytes >= 512 * 2 * 512 * 2)
+    assert payload <= 2 * 2 * 2 * (512 * 2) * 512 * 2  # layers x directions x out and back x A x D x itemsize
+    assert all("expert" not in c.axes for c in ahead.collectives if c.kind == "all-gather")
