@@ -170,11 +170,13 @@ class Cache(NamedTuple):
     Attributes:
       k_BLJN: rotated keys; positions at and past `length` are unwritten.
       v_BLJN: values.
+      segments_BL: int32 document of each key; queries see those of their own.
       length: int32 scalar, positions written.
     """
 
     k_BLJN: jax.Array
     v_BLJN: jax.Array
+    segments_BL: jax.Array
     length: jax.Array
 
 
@@ -210,8 +212,9 @@ class AttentionLayer(nnx.Module):
             offset = cache.length
             k_BLJN = jax.lax.dynamic_update_slice_in_dim(cache.k_BLJN, k_BLJN.astype(cache.k_BLJN.dtype), offset, 1)
             v_BLJN = jax.lax.dynamic_update_slice_in_dim(cache.v_BLJN, v_BLJN.astype(cache.v_BLJN.dtype), offset, 1)
-            cache = Cache(k_BLJN, v_BLJN, offset + length)
-            spec = AttentionSpec(query_offset=offset, window=config.window)
+            keys_BL = jax.lax.dynamic_update_slice_in_dim(cache.segments_BL, segments_BL, offset, 1)
+            cache = Cache(k_BLJN, v_BLJN, keys_BL, offset + length)
+            spec = AttentionSpec(keys_BL, segments_BL, query_offset=offset, window=config.window)
         path = attend if config.backend == "auto" else attend_plain
         out_BLHN = path(q_BLHN, k_BLJN, v_BLJN, spec, self.scale)
         out_BLHN = checkpoint_name(out_BLHN, "attention")
