@@ -7,9 +7,10 @@ head counts; the mean number of experts per token counts, not their total.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sparse_lm.model.transformer import Model
+from sparse_lm.routing.diagnostics import by_layer
 
 FORMULA = (
     "MFU = 3 x forward operations per token x tokens per second / peak operations per second; forward operations = "
@@ -88,6 +89,18 @@ class Measured(NamedTuple):
 
     experts_per_token: float | None = None
     depth: float | None = None
+
+
+def measured_in(row: Mapping[str, Any]) -> dict[int, Measured]:
+    """Returns what the routed blocks of a row did, means over members, for the account."""
+    experts, depth = by_layer(row, "experts_per_token"), by_layer(row, "depth_fraction")
+    return {
+        layer: Measured(
+            float(experts[layer].mean()) if layer in experts else None,
+            float(depth[layer].mean()) if layer in depth else None,
+        )
+        for layer in {*experts, *depth}
+    }
 
 
 def account(

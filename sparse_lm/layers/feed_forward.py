@@ -74,6 +74,11 @@ class FeedForward(Config):
         """
         raise NotImplementedError
 
+    @property
+    def routes(self) -> int:
+        """Experts that a router chooses among; 0 where there is none."""
+        return 0
+
     def sequences_per_group(self) -> int:
         """Sequences that must stay together in a microbatch and on a shard."""
         return 1

@@ -69,7 +69,7 @@ def passing(plan: RoutingPlan) -> jax.Array:
 
 def gather_tokens(x_BLX: jax.Array, token_BC: jax.Array) -> jax.Array:
     """Returns the rows of the tokens that pass, zeros elsewhere. No two places take the same row, so its gradient is exact."""
-    return x_BLX.at[jnp.arange(x_BLX.shape[0])[:, None], token_BC].get(mode="fill", fill_value=0)
+    return jnp.asarray(x_BLX).at[jnp.arange(x_BLX.shape[0])[:, None], token_BC].get(mode="fill", fill_value=0)
 
 
 def gather_info(info: TokenInfo, token_BC: jax.Array) -> TokenInfo:

@@ -94,7 +94,9 @@ class Model(Config):
 
         routed = any(self.depth.router_of(layer) for layer in range(self.layers))
         if routed and first != 1:
-            raise ConfigError("depth", type(self.depth).__name__, "FullDepth where routing groups have several sequences")
+            raise ConfigError(
+                "depth", type(self.depth).__name__, "FullDepth where routing groups have several sequences"
+            )
 
     def feed_forward_of(self, layer: int) -> FeedForward:
         """Returns the feed-forward of one block."""
@@ -135,7 +137,9 @@ class Transformer(nnx.Module):
         self.embedding = declare((vocabulary, d_model), ("vocab", "embed"))
         self.blocks = nnx.Dict(
             {
-                name: Block(config.attention, forward, d_model, scale, epsilon, config.depth.router_of(first_block(name)))
+                name: Block(
+                    config.attention, forward, d_model, scale, epsilon, config.depth.router_of(first_block(name))
+                )
                 for name, forward in config.runs()
             }
         )

@@ -45,7 +45,9 @@ class HashRouter(Router):
         """Ranks the experts by a hash of (token id, expert), so that the K experts of a token differ."""
         experts = scores.score_GSE.shape[-1]
         ids_GS1 = inputs.tokens_GS[..., None].astype(jnp.uint32)
-        mixed_GSE = mix(ids_GS1 * jnp.uint32(experts) + jnp.arange(experts, dtype=jnp.uint32) + mix(jnp.uint32(self.seed)))
+        mixed_GSE = mix(
+            ids_GS1 * jnp.uint32(experts) + jnp.arange(experts, dtype=jnp.uint32) + mix(jnp.uint32(self.seed))
+        )
         return jax.lax.top_k((mixed_GSE >> 1).astype(jnp.int32), self.k)[1]
 
     def weigh(self, score_GSE: jax.Array, expert_GSR: jax.Array) -> jax.Array:

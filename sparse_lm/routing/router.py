@@ -194,7 +194,9 @@ class Router(Config):
         rows = self.rows(wanted_GSR.shape[1], experts)
         if rows is not None and rows < wanted_GSR.shape[1] * wanted_GSR.shape[2]:
             plan = compacted(plan, rows)
-        dropped = jnp.sum(wanted_GSR < experts, dtype=jnp.float32) - jnp.sum(plan.expert_GA < experts, dtype=jnp.float32)
+        dropped = jnp.sum(wanted_GSR < experts, dtype=jnp.float32) - jnp.sum(
+            plan.expert_GA < experts, dtype=jnp.float32
+        )
         plan = dataclasses.replace(plan, dropped=dropped)
         # What the plan executes, slot by slot: a replay of it drops nothing.
         executed_GSR = jnp.where(plan.slot_GSR < plan.token_GA.shape[1], wanted_GSR, experts)

@@ -81,7 +81,7 @@ class SoftMoELayer(nnx.Module):
         self.down = build(config.hidden, d_model, out, experts=config.experts)
 
     def __call__(self, x_BLD: jax.Array, info: TokenInfo) -> tuple[jax.Array, Aux]:
-        config, (batch, length, d_model) = self.config, x_BLD.shape
+        config, (batch, _, d_model) = self.config, x_BLD.shape
         groups = max(1, batch // config.group_sequences)
         x_GSD = x_BLD.reshape(groups, -1, d_model)
         valid_GS = info.segments_BL.reshape(groups, -1) > 0
@@ -96,7 +96,9 @@ class SoftMoELayer(nnx.Module):
         y_GND = jnp.moveaxis(y_AD.reshape(config.experts, groups, config.slots, d_model), 0, 1).reshape(slots_GND.shape)
         y_GSD = jnp.einsum("gsn,gnd->gsd", combine_GSN.astype(x_BLD.dtype), y_GND)
         zero = jnp.zeros((), jnp.float32)
-        return y_GSD.reshape(x_BLD.shape), Aux({"tokens": zero, "groups": zero}, self._metrics(combine_GSN, valid_GS), {}, {})
+        return y_GSD.reshape(x_BLD.shape), Aux(
+            {"tokens": zero, "groups": zero}, self._metrics(combine_GSN, valid_GS), {}, {}
+        )
 
     def _metrics(self, combine_GSN: jax.Array, valid_GS: jax.Array) -> dict[str, Any]:
         """The weight that tokens give to each expert, its entropy, and rows computed per token."""

@@ -201,7 +201,9 @@ class SinkhornRouter(TopKRouter):
 
     def choose(self, scores: Scores, inputs: RouterInputs, state: dict[str, jax.Array]) -> jax.Array:
         """See Router.choose."""
-        offset_G1E = sinkhorn_offsets(scores.logits_GSE, inputs.valid_GS, self.iterations) if inputs.key is not None else 0.0
+        offset_G1E = (
+            sinkhorn_offsets(scores.logits_GSE, inputs.valid_GS, self.iterations) if inputs.key is not None else 0.0
+        )
         return jax.lax.top_k(scores.logits_GSE + offset_G1E, self.k)[1]
 
 

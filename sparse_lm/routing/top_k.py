@@ -111,7 +111,11 @@ def biased(score_GSE: jax.Array, state: dict[str, jax.Array]) -> jax.Array:
 
 
 def within_capacity(
-    expert_GSR: jax.Array, score_GSR: jax.Array, experts: int, capacity: int, order: Literal["position", "choice", "score"]
+    expert_GSR: jax.Array,
+    score_GSR: jax.Array,
+    experts: int,
+    capacity: int,
+    order: Literal["position", "choice", "score"],
 ) -> jax.Array:
     """Returns which choices find room when every expert takes `capacity` of each group; see `TopKRouter.capacity_order`."""
     groups, tokens, most = expert_GSR.shape

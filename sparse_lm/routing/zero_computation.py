@@ -74,7 +74,9 @@ class ZeroComputationLayer(nnx.Module):
         y_BLD = x32_BLD * jnp.sum(weight_BLZ[..., : config.identity], axis=-1, keepdims=True)
         if self.mixture is not None and self.constant is not None:
             logits_BLN2 = (x32_BLD @ self.mixture[...]).reshape(*x_BLD.shape[:2], config.constant, 2)
-            share_BLN2 = jax.nn.softmax(logits_BLN2, axis=-1) * weight_BLZ[..., config.experts - config.constant :, None]
+            share_BLN2 = (
+                jax.nn.softmax(logits_BLN2, axis=-1) * weight_BLZ[..., config.experts - config.constant :, None]
+            )
             y_BLD = y_BLD + x32_BLD * jnp.sum(share_BLN2[..., 0], axis=-1, keepdims=True)
             y_BLD = y_BLD + share_BLN2[..., 1] @ self.constant[...]
         return y_BLD.astype(x_BLD.dtype)

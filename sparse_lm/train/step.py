@@ -115,7 +115,9 @@ def build_step(
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
         rate = jnp.where(finite, learning_rate, 0.0)
-        params = map_leaves(lambda _, p, u, frozen: p if frozen else p - rate * u, state.params, updates, definition.frozen)
+        params = map_leaves(
+            lambda _, p, u, frozen: p if frozen else p - rate * u, state.params, updates, definition.frozen
+        )
         ema = state.ema
         if train.ema_decay is not None:
             ema = keep(ema_update(ema, params, train.ema_decay, state.step), ema)

@@ -157,7 +157,10 @@ ADDITIVE = [case for case in CASES if case.values[0] not in DRAWN]
 def test_losses_metrics_and_statistics_are_sums_over_groups(name, options) -> None:
     """So they are the same for every number of microbatches and every mesh, neither of which cuts a group."""
     _, found = run(name, options, seed=3, padding=True)
-    whole, summed = jax.tree.leaves(found["whole"]), jax.tree.leaves(jax.tree.map(lambda *a: sum(a), *found["by_group"]))
+    whole, summed = (
+        jax.tree.leaves(found["whole"]),
+        jax.tree.leaves(jax.tree.map(lambda *a: sum(a), *found["by_group"])),
+    )
     for left, right in zip(whole, summed, strict=True):
         np.testing.assert_allclose(left, right, rtol=2e-6, atol=1e-7)
 

@@ -247,7 +247,9 @@ def test_a_threshold_follows_the_quantile_of_whole_steps() -> None:
     np.testing.assert_allclose(two["threshold"], one["threshold"] + 0.5 * (quantile - one["threshold"]), rtol=1e-6)
     late = {**one, "updates": jnp.float32(50)}
     np.testing.assert_allclose(
-        router.advance(late, shifted.statistics)["threshold"], one["threshold"] + 0.25 * (quantile - one["threshold"]), rtol=1e-6
+        router.advance(late, shifted.statistics)["threshold"],
+        one["threshold"] + 0.25 * (quantile - one["threshold"]),
+        rtol=1e-6,
     )
     # Statistics add over pieces of a step; a step of padding changes nothing.
     pieces = [route(router, part, state=start).statistics for part in (logits[:3], logits[3:])]
@@ -274,7 +276,9 @@ def test_remoe_takes_every_positive_logit() -> None:
     assert float(found.objective["groups"]) == pytest.approx(0.5 * 4.5)
     for wanted, factor in ((3.0, 1.2), (1.0, 1 / 1.2), (2.0, 1.0)):
         statistics = {"wanted": jnp.array([wanted, 0.0, 0.0]), "tokens": jnp.array(1.0)}
-        assert float(router.advance({"l1": jnp.float32(0.5)}, statistics)["l1"]) == pytest.approx(0.5 * factor, rel=1e-6)
+        assert float(router.advance({"l1": jnp.float32(0.5)}, statistics)["l1"]) == pytest.approx(
+            0.5 * factor, rel=1e-6
+        )
     assert float(router.initial_state(3)["l1"]) == pytest.approx(1e-8)
     nothing = route(router, [[-1.0, -1.0, -2.0]], state=state)
     assert (mask(nothing) == 0).all() and math.isfinite(float(nothing.metrics["entropy"][0]))
