@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.pipeline import DataConfig, validation_batches
 from sparse_lm.layers.tree_paths import flatten
 from sparse_lm.model.definition import Batch, Definition
+from sparse_lm.parallel import rules
 from sparse_lm.train.population import Population, over_members
 from sparse_lm.train.state import unstack
 from sparse_lm.train.validation import MODEL_ARRAYS
@@ -28,14 +30,15 @@ class RoutingProbe:
     The choices are kept as RUN/routing/STEP.npz, so that a run that was stopped compares with the same step as one that was not.
     """
 
-    def __init__(self, definition: Definition, population: Population, run_dir: pathlib.Path, batch: Batch):
+    def __init__(self, definition: Definition, population: Population, mesh: Mesh, run_dir: pathlib.Path, batch: Batch):
         self.directory, self.batch = run_dir / "routing", batch
         self.model, self.members = definition.config, population.active
 
         def choices(params: Any, model_state: Any, batch: Batch) -> Any:
             return definition.token_losses(params, model_state, batch)[1].choices
 
-        self._choices = jax.jit(over_members(choices, population, (0, 0, None)))
+        whole = rules.replicated(mesh)
+        self._choices = jax.jit(over_members(choices, population, (0, 0, None)), out_shardings=whole)
 
     def choices(self, params: Any, model_state: Any) -> dict[str, np.ndarray]:
         """Returns {"3.feed_forward": experts [B, L, R], -1 where there is none}; a members dimension leads in a population."""
@@ -54,7 +57,7 @@ class RoutingProbe:
           {"router/blocks.3/churn": fraction of the assignments that the record before did not have}; {} for the first record.
         """
         now = self.choices(params, model_state)
-        if not now:
+        if not now or jax.process_index():  # of several processes the first one keeps the record
             return {}
         self.directory.mkdir(exist_ok=True)
         steps = sorted(int(path.stem) for path in self.directory.glob("*.npz") if re.fullmatch(r"\d+", path.stem))

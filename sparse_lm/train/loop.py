@@ -207,11 +207,14 @@ class Run:
         self.profiling = False
         self.unread: tuple[int, dict[str, Any]] | None = None
         self.tokens_before = 0
-        self.watch, self.churn = RouterWatch(), {}
-        self.watch.restore(read_rows(run_dir / "metrics.jsonl", "train"))
+        self.watch = RouterWatch()
+        self.churn: dict[str, Any] = {}
+        if (run_dir / "metrics.jsonl").exists():
+            self.watch.restore(read_rows(run_dir / "metrics.jsonl", "train"))
         routed = any(forward.routes for _, forward in session.definition.config.runs())
         probe = routed and probe_batch(dataset, self.recipe.data, self.recipe.validation.batch_size)
-        self.probe = RoutingProbe(session.definition, self.recipe.population, run_dir, probe) if probe else None
+        placed = (session.definition, self.recipe.population, session.mesh, run_dir)
+        self.probe = RoutingProbe(*placed, probe) if probe else None
 
     def steps(self, state: TrainState, data_state: dict[str, Any] | None, first: int) -> bool:
         """Runs from step `first` to the end; returns whether the end was reached."""
