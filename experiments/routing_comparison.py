@@ -112,7 +112,10 @@ class Arm:
             vocab_size=setup.vocabulary,
             d_model=setup.d_model,
             layers=setup.layers,
-            attention=Attention(heads=setup.heads, head_dim=setup.d_model // setup.heads, backend="plain"),
+            # The plain path serves any number of documents: one program for all batches.
+            attention=Attention(
+                heads=setup.heads, head_dim=setup.d_model // setup.heads, backend="plain", max_documents=setup.length
+            ),
             pattern=(feed_forward,),
             tied_embeddings=True,
             execution="scanned",
@@ -133,7 +136,7 @@ class Arm:
         self.evaluate = build_eval_step(self.definition, Population(seeds=SEEDS))
 
     def compile(self) -> float:
-        """Compiles creation and step; returns the seconds."""
+        """Compiles creation, step and evaluation; returns the seconds."""
         start = time.perf_counter()
         step = jax.vmap(build_step(self.definition, self.optimizer, self.train), in_axes=(0, None, 0))
         seeds = jax.ShapeDtypeStruct((self.members,), jnp.uint32)
@@ -143,6 +146,9 @@ class Arm:
         self.create = self.create.lower(seeds).compile()
         batch = dict.fromkeys(MODEL_ARRAYS, shape)
         self.step = jax.jit(step, donate_argnums=0).lower(state, batch, rates).compile()
+        first = self.create(jnp.arange(self.members, dtype=jnp.uint32))
+        empty = dict.fromkeys(MODEL_ARRAYS, np.zeros((self.setup.batch, self.setup.length), np.int32))
+        jax.block_until_ready(self.evaluate(first.params, first.model_state, empty))
         return time.perf_counter() - start
 
     def run(self, seeds: list[int], rates: list[float], batches: list[Any], every: int = 10) -> dict[str, Any]:

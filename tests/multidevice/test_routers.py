@@ -55,7 +55,10 @@ def step_of(name: str, devices: int, **mesh: int):
     # Epsilon well above the rounding of a gradient: Adam's direction of a gradient near zero is otherwise its sign alone.
     optimizer = AdamW(learning_rate=0.01, schedule=Constant(warmup_fraction=0.0), epsilon=1e-3)
     base = Recipe(
-        model=tiny.model(moe, layers=1), optimizer=optimizer, train=Train(steps=4), mesh=MeshShape(**{"data": 1, **mesh})
+        model=tiny.model(moe, layers=1),
+        optimizer=optimizer,
+        train=Train(steps=4),
+        mesh=MeshShape(**{"data": 1, **mesh}),
     )
     data = dataclasses.replace(base.data, sequence_length=LENGTH, batch_size=8)
     session = open_session(dataclasses.replace(base, data=data), jax.devices()[:devices])
