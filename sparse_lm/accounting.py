@@ -6,9 +6,11 @@ head counts; the mean number of experts per token counts, not their total.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from sparse_lm.model.transformer import Model
+from sparse_lm.routing.diagnostics import by_layer
 
 FORMULA = (
     "MFU = 3 x forward operations per token x tokens per second / peak operations per second; forward operations = "
@@ -77,13 +79,40 @@ def mean_keys(length: int, window: int | None, *, causal_half: bool = True) -> f
     return window - window * window / (2 * length)
 
 
-def account(model: Model, length: int, *, causal_half: bool = True) -> Account:
+class Measured(NamedTuple):
+    """What a routed layer was measured to do; None: its nominal value.
+
+    Attributes:
+      experts_per_token: mean of the feed-forward, over the tokens that reach it.
+      depth: fraction of the tokens that pass through the block.
+    """
+
+    experts_per_token: float | None = None
+    depth: float | None = None
+
+
+def measured_in(row: Mapping[str, Any]) -> dict[int, Measured]:
+    """Returns what the routed blocks of a row did, means over members, for the account."""
+    experts, depth = by_layer(row, "experts_per_token"), by_layer(row, "depth_fraction")
+    return {
+        layer: Measured(
+            float(experts[layer].mean()) if layer in experts else None,
+            float(depth[layer].mean()) if layer in depth else None,
+        )
+        for layer in {*experts, *depth}
+    }
+
+
+def account(
+    model: Model, length: int, *, causal_half: bool = True, measured: Mapping[int, Measured] | None = None
+) -> Account:
     """Counts a model at a sequence length.
 
     Args:
       model: the model's config.
       length: sequence length, for attention.
       causal_half: see `mean_keys`.
+      measured: what routed layers were measured to do, by number of the block.
     """
     d_model, vocabulary = model.d_model, model.vocab_size
     totals: dict[str, list[float]] = {}
@@ -97,13 +126,19 @@ def account(model: Model, length: int, *, causal_half: bool = True) -> Account:
     add("embedding", vocabulary * d_model, d_model, 0.0)
     attention, scores = model.attention, 0.0
     for layer in range(model.layers):
+        found, router, part = (measured or {}).get(layer, Measured()), model.depth.router_of(layer), 1.0
+        if router is not None:
+            # A block that a fraction of the tokens passes through: so many operations, and attention among them alone.
+            part = router.experts_per_token(1) if found.depth is None else found.depth
+            add("router", d_model * router.columns, d_model * router.columns, 2.0 * d_model * router.columns)
         parameters, flops = attention.cost(d_model)
-        add("attention", parameters, parameters, flops)
-        keys = mean_keys(length, attention.window, causal_half=causal_half)
-        scores += 4.0 * attention.heads * attention.head_dim * keys
-        for component, line in model.feed_forward_of(layer).cost(d_model).items():
-            add(component, *line)
-        add("norms", 2 * d_model, 2 * d_model, 0.0)
+        add("attention", parameters, part * parameters, part * flops)
+        keys = mean_keys(round(part * length), attention.window, causal_half=causal_half)
+        scores += part * 4.0 * attention.heads * attention.head_dim * keys
+        lines = model.feed_forward_of(layer).cost(d_model, found.experts_per_token)
+        for component, (parameters, active, flops) in lines.items():
+            add(component, parameters, part * active, part * flops)
+        add("norms", 2 * d_model, part * 2 * d_model, 0.0)
     add("attention_scores", 0, 0, scores)
     add("norms", d_model, d_model, 0.0)
     head = 0 if model.tied_embeddings else vocabulary * d_model

@@ -14,9 +14,28 @@ TABLE: dict[str, dict[str, str]] = {
     "feed_forward": {
         "dense": "sparse_lm.layers.feed_forward:DenseFeedForward",
         "moe": "sparse_lm.routing.experts:MoEFeedForward",
+        "soft_moe": "sparse_lm.routing.soft_moe:SoftMoEFeedForward",
     },
     "router": {
         "top_k": "sparse_lm.routing.top_k:TopKRouter",
+        "switch": "sparse_lm.routing.token_choice:SwitchRouter",
+        "noisy_top_k": "sparse_lm.routing.token_choice:NoisyTopKRouter",
+        "gshard": "sparse_lm.routing.token_choice:GShardRouter",
+        "batch_priority": "sparse_lm.routing.token_choice:BatchPriorityRouter",
+        "bias_balanced": "sparse_lm.routing.token_choice:BiasBalancedRouter",
+        "group_limited": "sparse_lm.routing.token_choice:GroupLimitedRouter",
+        "sinkhorn": "sparse_lm.routing.token_choice:SinkhornRouter",
+        "uniform": "sparse_lm.routing.token_choice:UniformRouter",
+        "random": "sparse_lm.routing.token_choice:RandomRouter",
+        "hash": "sparse_lm.routing.hash_router:HashRouter",
+        "expert_choice": "sparse_lm.routing.variable:ExpertChoiceRouter",
+        "expert_threshold": "sparse_lm.routing.variable:ExpertThresholdRouter",
+        "remoe": "sparse_lm.routing.variable:ReMoERouter",
+    },
+    "depth": {
+        "full": "sparse_lm.model.depth:FullDepth",
+        "mixture_of_depths": "sparse_lm.model.depth:MixtureOfDepths",
+        "adaptive": "sparse_lm.model.depth:AdaptiveDepth",
     },
     "projection": {
         "dense": "sparse_lm.layers.projection:DenseProjection",

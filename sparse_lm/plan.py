@@ -143,9 +143,11 @@ def component_of(path: str, dims: tuple[str, ...]) -> str:
     if parts[0] != "blocks":
         return "norms"
     layer = parts[2]
+    if layer == "depth":
+        return "router"
     if layer != "feed_forward":
         return "attention" if layer == "attention" else "norms"
-    if parts[3] == "router":
+    if parts[3] in ("router", "zero_computation"):
         return "router"
     if parts[3] == "shared":
         return "shared_expert"

@@ -11,10 +11,16 @@ from sparse_lm.components import lookup
 from sparse_lm.config import Config, ConfigError, override, validate
 from sparse_lm.layers.feed_forward import DenseFeedForward
 from sparse_lm.layers.parametrization import MuP, PathDensity, SparseMuP
+from sparse_lm.model.depth import MixtureOfDepths
 from sparse_lm.model.transformer import Model
 from sparse_lm.parallel.mesh import MeshShape
 from sparse_lm.recipe import Recipe
 from sparse_lm.routing.experts import MoEFeedForward
+from sparse_lm.routing.hash_router import HashRouter
+from sparse_lm.routing.soft_moe import SoftMoEFeedForward
+from sparse_lm.routing.token_choice import GroupLimitedRouter, GShardRouter, SinkhornRouter, SwitchRouter
+from sparse_lm.routing.top_k import TopKRouter
+from sparse_lm.routing.variable import ExpertChoiceRouter, ExpertThresholdRouter, ReMoERouter
 from sparse_lm.train.adafactor import Adafactor
 from sparse_lm.train.muon import Muon
 from sparse_lm.train.optimizer import AdamW, Group
@@ -101,6 +107,41 @@ BAD: list[tuple[dict[str, Any], str, Any, str]] = [
         "model.pattern.0.router.scores",
         "relu",
         "Literal['softmax', 'sigmoid']",
+    ),
+    # routers, each by a field of its own
+    *(
+        ({"model.pattern.0.router": router}, f"model.pattern.0.router.{field}", getattr(router, field), allowed)
+        for router, field, allowed in (
+            (TopKRouter(capacity_factor=0.0), "capacity_factor", "None or above 0"),
+            (TopKRouter(capacity_order="score"), "capacity_order", "as long as no capacity_factor"),
+            (SwitchRouter(jitter=1.0), "jitter", "0 to below 1"),
+            (GShardRouter(k=1), "k", "at least 2"),
+            (GShardRouter(renormalize=False), "renormalize", "sampled by their renormalised weight"),
+            (GroupLimitedRouter(groups_kept=3), "groups_kept", "1 to expert_groups (2)"),
+            (GroupLimitedRouter(expert_groups=0), "expert_groups", "at least 1"),
+            (GroupLimitedRouter(expert_groups=3), "expert_groups", "a divisor of the number of experts, 8"),
+            (SinkhornRouter(iterations=0), "iterations", "at least 1"),
+            (HashRouter(z_coefficient=0.1), "z_coefficient", "0, because this router has no weight"),
+            (HashRouter(seed=-1), "seed", "0 to 2**31 - 1"),
+            (HashRouter(frozen=True), "frozen", "nothing to freeze"),
+            (HashRouter(balance_over="step"), "balance_over", "no balance loss"),
+            (ReMoERouter(k=0.0), "k", "above 0"),
+            (ReMoERouter(factor=1.0), "factor", "above 1"),
+            (ReMoERouter(first_coefficient=0.0), "first_coefficient", "above 0"),
+            (ReMoERouter(rows_per_token=0.0), "rows_per_token", "None or above 0"),
+            (ExpertThresholdRouter(decay=1.0), "decay", "0 to below 1"),
+            (ExpertChoiceRouter(most_experts=1), "most_experts", "k (2) to 8"),
+        )
+    ),
+    ({"model.pattern.0.zero_computation.identity": -1}, "model.pattern.0.zero_computation.identity", -1, "0 or above"),
+    ({"model.pattern.1": SoftMoEFeedForward(slots=0)}, "model.pattern.1.slots", 0, "at least 1"),
+    ({"model.depth": MixtureOfDepths(every=0)}, "model.depth.every", 0, "at least 1"),
+    ({"model.depth": MixtureOfDepths(router=TopKRouter(k=2))}, "model.depth.router.k", 2, "number of experts, 1"),
+    (
+        {"model.depth": MixtureOfDepths(router=ExpertChoiceRouter(k=0.5))},
+        "model.depth.router.scores",
+        "softmax",
+        "the softmax of one expert",
     ),
     # parametrization
     ({"model.parametrization.gain": -1.0}, "model.parametrization.gain", -1.0, ">= 0"),

@@ -297,7 +297,14 @@ def happenings(run: Run) -> str:
     return page.folded(f"{len(rows)} events", page.table(("step", "event"), rows, numeric=[0])) if rows else ""
 
 
-ROUTER_TITLES = {"max_violation": "Most loaded expert, excess over the even share"}
+ROUTER_TITLES = {
+    "max_violation": "Most loaded expert, excess over the even share",
+    "dead_experts": "Experts without a token in the last 20 rows",
+    "churn": "Assignments that changed since the last checkpoint",
+    "coactivation": "Largest share of an expert's tokens that another takes too",
+    "depth_fraction": "Tokens that pass through the block",
+}
+PERCENT = ("max_violation", "churn", "coactivation", "dropped", "overflow", "depth_fraction", "depth_dropped")
 
 
 def routing(run: Run) -> str:
@@ -322,14 +329,16 @@ def routing(run: Run) -> str:
         depth = max(1, len(by_layer) - 1)
         lines = [(values, draw.blend(0, 35 + 65 * i / depth)) for i, values in enumerate(by_layer.values())]
         title = ROUTER_TITLES.get(measure, measure.replace("_", " ").capitalize())
-        violation = measure == "max_violation"
-        form = "{:.0%}".format if violation else count
-        panels.append(page.figure(draw.line(f"router-{measure}", title, steps, lines, form, from_zero=violation)))
+        form = "{:.0%}".format if measure in PERCENT else count
+        from_zero = measure in ("max_violation", "dead_experts", "churn")
+        panels.append(page.figure(draw.line(f"router-{measure}", title, steps, lines, form, from_zero=from_zero)))
     names = list(loads)
     faint = "color-mix(in oklab, var(--s0) 35%, var(--paper))"
     legend = [(names[0], faint, "line"), (names[-1], draw.series_colour(0), "line")] if len(names) > 1 else []
+    alarms = [f"Step {row['step']:,}: {row['alarm']}." for row in run.events if row.get("event") == "routing alarm"]
     return (
         "<p>How evenly the routers spread tokens: the mean over the last tenth of the run, then over time.</p>"
+        + "".join(f"<p><b>{page.text(alarm)}</b></p>" for alarm in alarms)
         + "".join(maps)
         + page.figures(panels)
         + page.keys(legend if panels else [])

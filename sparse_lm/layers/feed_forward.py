@@ -18,32 +18,43 @@ Activation = Literal["swiglu", "gelu", "relu_squared"]
 
 
 class TokenInfo(NamedTuple):
-    """What a block knows of its tokens besides their vectors; every field is [B, L] but the key."""
+    """What a block knows of its tokens besides their vectors.
+
+    Attributes:
+      tokens_BL: token ids.
+      positions_BL: positions in their documents.
+      segments_BL: document numbers, 0 for padding.
+      key: random key of the block, step and microbatch; None in evaluation.
+      replay: {router of the block: int32 experts [B, L, R]} to use instead of choosing; None: choose.
+    """
 
     tokens_BL: jax.Array
     positions_BL: jax.Array
     segments_BL: jax.Array
     key: jax.Array | None
+    replay: dict[str, jax.Array] | None = None
 
 
 class Aux(NamedTuple):
-    """What a layer reports besides its output; every leaf adds over layers, shards and microbatches.
+    """What a layer reports besides its output; all but the choices adds over layers, shards and microbatches.
 
     Attributes:
       objective: {"tokens": sum, "groups": sum}: weighted auxiliary losses, summed over tokens and over routing groups.
       metrics: {name: (sum, count)}.
       statistics: {path: counts} that `advance` turns into the next model state.
+      choices: {router of the block: int32 experts of each token [B, L, R]}, which `TokenInfo.replay` takes.
     """
 
     objective: dict[str, jax.Array]
     metrics: dict[str, Any]
     statistics: dict[str, Any]
+    choices: dict[str, Any]
 
 
 def no_aux() -> Aux:
     """The report of a layer that has nothing to report."""
     zero = jnp.zeros((), jnp.float32)
-    return Aux({"tokens": zero, "groups": zero}, {}, {})
+    return Aux({"tokens": zero, "groups": zero}, {}, {}, {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,9 +65,19 @@ class FeedForward(Config):
         """Builds a module with `__call__(x_BLD, info: TokenInfo) -> (y_BLD, Aux)`."""
         raise NotImplementedError
 
-    def cost(self, d_model: int) -> dict[str, tuple[int, int, float]]:
-        """Returns {component: (parameters, active parameters, forward operations per token)}."""
+    def cost(self, d_model: int, experts_per_token: float | None = None) -> dict[str, tuple[int, int, float]]:
+        """Returns {component: (parameters, active parameters, forward operations per token)}.
+
+        Args:
+          d_model: D.
+          experts_per_token: measured mean; None: the nominal one.
+        """
         raise NotImplementedError
+
+    @property
+    def routes(self) -> int:
+        """Experts that a router chooses among; 0 where there is none."""
+        return 0
 
     def sequences_per_group(self) -> int:
         """Sequences that must stay together in a microbatch and on a shard."""
@@ -95,7 +116,7 @@ class DenseFeedForward(FeedForward):
         """See FeedForward.build."""
         return DenseFeedForwardLayer(self, d_model)
 
-    def cost(self, d_model: int) -> dict[str, tuple[int, int, float]]:
+    def cost(self, d_model: int, experts_per_token: float | None = None) -> dict[str, tuple[int, int, float]]:
         """See FeedForward.cost."""
         into, into_flops = self.projection.cost(d_model, self.hidden)
         out, out_flops = self.projection.cost(self.hidden, d_model)

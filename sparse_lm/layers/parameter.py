@@ -22,16 +22,17 @@ RUN_KEY = re.compile(r"^(\d+)_to_(\d+)$")
 """The name of a stacked run of equal blocks: first and last block number."""
 
 
-def declare(shape: tuple[int, ...], dims: Dims, init: Init = "normal") -> nnx.Param:
+def declare(shape: tuple[int, ...], dims: Dims, init: Init = "normal", *, frozen: bool = False) -> nnx.Param:
     """Declares a float32 parameter inside a module's constructor (run under `nnx.eval_shape`).
 
     Args:
       shape: its shape.
       dims: one logical name per dimension; sharding, decay groups, Muon and initial scales read only these.
       init: "normal" (the parametrization gives the deviation), "zeros" or "ones".
+      frozen: whether training leaves it as it is, without decay either.
     """
     assert len(shape) == len(dims), f"{dims} does not name the dimensions of {shape}"
-    return nnx.Param(jnp.zeros(shape, jnp.float32), dims=dims, init=init)
+    return nnx.Param(jnp.zeros(shape, jnp.float32), dims=dims, init=init, frozen=frozen)
 
 
 def map_leaves(function: Callable[..., Any], tree: Any, *rest: Any, path: tuple[str, ...] = ()) -> Any:

@@ -220,11 +220,13 @@ class Cache(NamedTuple):
     Attributes:
       k_BLJN: rotated keys; positions at and past `length` are unwritten.
       v_BLJN: values.
+      segments_BL: int32 document of each key; queries see those of their own.
       length: int32 scalar, positions written.
     """
 
     k_BLJN: jax.Array
     v_BLJN: jax.Array
+    segments_BL: jax.Array
     length: jax.Array
 
 
@@ -260,8 +262,9 @@ class AttentionLayer(nnx.Module):
             offset = cache.length
             k_BLJN = jax.lax.dynamic_update_slice_in_dim(cache.k_BLJN, k_BLJN.astype(cache.k_BLJN.dtype), offset, 1)
             v_BLJN = jax.lax.dynamic_update_slice_in_dim(cache.v_BLJN, v_BLJN.astype(cache.v_BLJN.dtype), offset, 1)
-            cache = Cache(k_BLJN, v_BLJN, offset + length)
-            spec = AttentionSpec(query_offset=offset, window=config.window)
+            keys_BL = jax.lax.dynamic_update_slice_in_dim(cache.segments_BL, segments_BL, offset, 1)
+            cache = Cache(k_BLJN, v_BLJN, keys_BL, offset + length)
+            spec = AttentionSpec(keys_BL, segments_BL, query_offset=offset, window=config.window)
         out_BLHN = attend(q_BLHN, k_BLJN, v_BLJN, spec, self.scale, plain=config.backend == "plain")
         out_BLHN = checkpoint_name(out_BLHN, "attention")
         return self.out(out_BLHN.reshape(batch, length, -1)), cache

@@ -23,6 +23,7 @@ from sparse_lm.routing.router import ModelState
 
 Tree = dict[str, Any]
 Batch = dict[str, jax.Array]
+METADATA = {"inits": "init", "frozen": "frozen", "values": "initial"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +36,10 @@ class Definition:
       shapes: nested dict of parameter shapes; stacked runs carry the leading layers dimension.
       dims: nested dict of logical dims.
       inits: nested dict of kinds of initial value.
+      frozen: nested dict of whether training leaves a parameter as it is.
       state_shapes: nested dict of shapes of the model state.
       state_dims: nested dict of its logical dims.
+      state_values: nested dict of the value that fills each leaf of it at first.
       mesh: what its functions are spread over; None: one device.
     """
 
@@ -45,8 +48,10 @@ class Definition:
     shapes: Tree
     dims: Tree
     inits: Tree
+    frozen: Tree
     state_shapes: Tree
     state_dims: Tree
+    state_values: Tree
     mesh: AbstractMesh | None = None
 
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
@@ -65,8 +70,10 @@ class Definition:
         return materialize(key, self.shapes, self.inits, scales, shardings)
 
     def initial_state(self) -> Tree:
-        """Returns the initial model state: zeros."""
-        return map_leaves(lambda _, shape: jnp.zeros(shape, jnp.float32), self.state_shapes)
+        """Returns the initial model state."""
+        return map_leaves(
+            lambda _, shape, value: jnp.full(shape, value, jnp.float32), self.state_shapes, self.state_values
+        )
 
     def hidden(
         self, params: Tree, model_state: Tree, info: TokenInfo, cache: dict[str, Cache] | None = None
@@ -89,16 +96,28 @@ class Definition:
         cap = self.config.logit_softcap
         return (raw if cap is None else cap * jnp.tanh(raw / cap)), cache
 
-    def token_losses(self, params: Tree, model_state: Tree, batch: Batch) -> tuple[jax.Array, Aux]:
-        """Returns (cross-entropy of every position [B, L], Aux): for evaluation."""
-        h_BLD, head_DV, aux, _ = self.hidden(params, model_state, token_info(batch))
+    def token_losses(
+        self, params: Tree, model_state: Tree, batch: Batch, replay: Tree | None = None
+    ) -> tuple[jax.Array, Aux]:
+        """Returns (cross-entropy of every position [B, L], Aux): for evaluation.
+
+        `Aux.choices` records the experts of every token; given back as `replay`, to this model or a later one, they are used again
+        with weights from the current scores.
+        """
+        h_BLD, head_DV, aux, _ = self.hidden(params, model_state, token_info(batch, replay=replay))
         cap, multiplier = self.config.logit_softcap, self.logits_multiplier()
         with self.on_mesh():
             losses_BL = loss.token_losses(h_BLD, head_DV, batch["targets_BL"], softcap=cap, multiplier=multiplier)
         return losses_BL * (batch["segments_BL"] > 0), aux
 
     def objective(
-        self, params: Tree, model_state: Tree, batch: Batch, units: dict[str, jax.Array], key: jax.Array | None
+        self,
+        params: Tree,
+        model_state: Tree,
+        batch: Batch,
+        units: dict[str, jax.Array],
+        key: jax.Array | None,
+        replay: Tree | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Computes one microbatch's share of the training objective.
 
@@ -108,11 +127,12 @@ class Definition:
           batch: one microbatch.
           units: number of valid tokens and routing groups of the whole step: shares of microbatches then add exactly.
           key: key of this microbatch.
+          replay: recorded choices of this microbatch, see `token_losses`; None: routers choose.
 
         Returns:
           (objective, {"metrics": (sum, count) pairs, "statistics"}), all additive over microbatches.
         """
-        h_BLD, head_DV, aux, _ = self.hidden(params, model_state, token_info(batch, key))
+        h_BLD, head_DV, aux, _ = self.hidden(params, model_state, token_info(batch, key, replay))
         mask_BL = (batch["segments_BL"] > 0).astype(jnp.float32)
         config, targets_BL = self.config, batch["targets_BL"]
         caps = config.logit_softcap, self.logits_multiplier(), config.z_coefficient
@@ -147,9 +167,9 @@ def for_documents(definition: Definition, found: int) -> Definition:
     return dataclasses.replace(define(config), mesh=definition.mesh)
 
 
-def token_info(batch: Batch, key: jax.Array | None = None) -> TokenInfo:
+def token_info(batch: Batch, key: jax.Array | None = None, replay: Tree | None = None) -> TokenInfo:
     """Returns what blocks know of a batch's tokens."""
-    return TokenInfo(batch["tokens_BL"], batch["positions_BL"], batch["segments_BL"], key)
+    return TokenInfo(batch["tokens_BL"], batch["positions_BL"], batch["segments_BL"], key, replay)
 
 
 def define(config: Model) -> Definition:
@@ -165,7 +185,7 @@ def define(config: Model) -> Definition:
             value = {
                 "shapes": ((size,) if size else ()) + tuple(variable.get_raw_value().shape),
                 "dims": (("layers",) if size else ()) + tuple(variable.get_metadata("dims")),
-                "inits": variable.get_metadata("init") if variable.has_metadata("init") else "zeros",
+                **{name: variable.get_metadata(key) for name, key in METADATA.items() if variable.has_metadata(key)},
             }[what]
             node = out
             for part in path[:-1]:
@@ -179,6 +199,8 @@ def define(config: Model) -> Definition:
         shapes=collect(params, "shapes"),
         dims=collect(params, "dims"),
         inits=collect(params, "inits"),
+        frozen=collect(params, "frozen"),
         state_shapes=collect(state, "shapes"),
         state_dims=collect(state, "dims"),
+        state_values=collect(state, "values"),
     )

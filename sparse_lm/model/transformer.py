@@ -22,6 +22,7 @@ from sparse_lm.layers.parameter import RUN_KEY, declare
 from sparse_lm.layers.parametrization import Parametrization, Standard
 from sparse_lm.model.attention import Attention, Cache, rotary_angles
 from sparse_lm.model.block import Block
+from sparse_lm.model.depth import Depth, FullDepth
 from sparse_lm.model.embedding import lookup
 from sparse_lm.routing.exchange import PLAN, ROWS
 
@@ -48,6 +49,8 @@ class Model(Config):
     """Feed-forwards of the first blocks, before the pattern starts."""
     pattern: tuple[FeedForward, ...] = component("feed_forward", (DenseFeedForward(),))
     """Feed-forwards of the remaining blocks, repeated in this order."""
+    depth: Depth = component("depth", FullDepth())
+    """Which tokens pass through which blocks."""
     tied_embeddings: bool = False
     """Use the embedding as output head."""
     logit_softcap: float | None = None
@@ -89,6 +92,12 @@ class Model(Config):
                 if size != first:
                     raise ConfigError(f"{field}.{i}.group_sequences", size, f"{first}, as in the other routed layers")
 
+        routed = any(self.depth.router_of(layer) for layer in range(self.layers))
+        if routed and first != 1:
+            raise ConfigError(
+                "depth", type(self.depth).__name__, "FullDepth where routing groups have several sequences"
+            )
+
     def feed_forward_of(self, layer: int) -> FeedForward:
         """Returns the feed-forward of one block."""
         if layer < len(self.leading):
@@ -97,13 +106,13 @@ class Model(Config):
 
     def runs(self) -> list[tuple[str, FeedForward]]:
         """Returns (name, feed-forward) of each run of blocks as held in memory: "3", or "0_to_5" for a stacked run."""
-        blocks = [self.feed_forward_of(layer) for layer in range(self.layers)]
+        blocks = [(self.feed_forward_of(layer), self.depth.router_of(layer)) for layer in range(self.layers)]
         if self.execution == "unrolled":
-            return [(str(layer), block) for layer, block in enumerate(blocks)]
+            return [(str(layer), feed_forward) for layer, (feed_forward, _) in enumerate(blocks)]
         runs, first = [], 0
-        for block, members in itertools.groupby(blocks):
+        for (feed_forward, _), members in itertools.groupby(blocks):
             size = len(list(members))
-            runs.append((str(first) if size == 1 else f"{first}_to_{first + size - 1}", block))
+            runs.append((str(first) if size == 1 else f"{first}_to_{first + size - 1}", feed_forward))
             first += size
         return runs
 
@@ -127,7 +136,12 @@ class Transformer(nnx.Module):
         scale = config.parametrization.attention_scale(config.attention.head_dim)
         self.embedding = declare((vocabulary, d_model), ("vocab", "embed"))
         self.blocks = nnx.Dict(
-            {name: Block(config.attention, forward, d_model, scale, epsilon) for name, forward in config.runs()}
+            {
+                name: Block(
+                    config.attention, forward, d_model, scale, epsilon, config.depth.router_of(first_block(name))
+                )
+                for name, forward in config.runs()
+            }
         )
         self.final_norm = RMSNorm(d_model, epsilon=epsilon)
         self.head = None if config.tied_embeddings else declare((d_model, vocabulary), ("embed", "vocab"))
@@ -142,7 +156,7 @@ class Transformer(nnx.Module):
         """Computes final hidden states.
 
         Args:
-          info: tokens with positions and segments, [B, L].
+          info: tokens with positions and segments, [B, L]; its replay holds one entry for each run of blocks.
           cache: keys and values by run, from `empty_cache`; None in training.
 
         Returns:
@@ -156,20 +170,24 @@ class Transformer(nnx.Module):
         for name, block in self.blocks.items():
             graph, state = nnx.split(block)
 
-            def apply(state: Any, x_BLD: jax.Array, cache: Cache | None, graph: Any = graph) -> Any:
-                return nnx.merge(graph, state)(x_BLD, info, angles, cache)
+            def apply(state: Any, x_BLD: jax.Array, layer: Any, cache: Any, replay: Any, graph: Any = graph) -> Any:
+                key = None if info.key is None else jax.random.fold_in(info.key, layer)
+                return nnx.merge(graph, state)(x_BLD, info._replace(key=key, replay=replay), angles, cache)
 
             apply = _with_remat(apply, config)
             run_cache = cache[name] if cache is not None else None
-            if RUN_KEY.match(name):
+            replay = info.replay.get(name) if info.replay is not None else None
+            if match := RUN_KEY.match(name):
 
                 def body(x_BLD: jax.Array, layer: Any, apply: Callable = apply) -> Any:
-                    x_BLD, aux, layer_cache = apply(layer[0], x_BLD, layer[1])
+                    own, *rest = layer
+                    x_BLD, aux, layer_cache = apply(own, x_BLD, *rest)
                     return x_BLD, (aux, layer_cache)
 
-                x_BLD, (aux, run_cache) = jax.lax.scan(body, x_BLD, (state, run_cache))
+                layers = jnp.arange(int(match[1]), int(match[2]) + 1)
+                x_BLD, (aux, run_cache) = jax.lax.scan(body, x_BLD, (state, layers, run_cache, replay))
             else:
-                x_BLD, aux, run_cache = apply(state, x_BLD, run_cache)
+                x_BLD, aux, run_cache = apply(state, x_BLD, jnp.asarray(int(name)), run_cache, replay)
             reports[name] = aux
             if cache is not None:
                 caches[name] = run_cache
@@ -184,11 +202,17 @@ def _with_remat(apply: Callable, config: Model) -> Callable:
 
 
 def _merge_reports(reports: dict[str, Aux]) -> Aux:
-    """Sums objectives over blocks; metrics and statistics keep the name of their run."""
+    """Sums objectives over blocks; metrics, statistics and choices keep the name of their run."""
     objective = {unit: sum(jnp.sum(aux.objective[unit]) for aux in reports.values()) for unit in ("tokens", "groups")}
     metrics = {name: aux.metrics for name, aux in reports.items() if aux.metrics}
-    statistics = {name: {"feed_forward": aux.statistics} for name, aux in reports.items() if aux.statistics}
-    return Aux(objective, metrics, {"blocks": statistics} if statistics else {})
+    statistics = {name: aux.statistics for name, aux in reports.items() if aux.statistics}
+    choices = {name: aux.choices for name, aux in reports.items() if aux.choices}
+    return Aux(objective, metrics, {"blocks": statistics} if statistics else {}, choices)
+
+
+def first_block(run: str) -> int:
+    """Returns the number of the first block of a run."""
+    return int(run.partition("_")[0])
 
 
 def empty_cache(config: Model, batch: int, length: int) -> dict[str, Cache]:
@@ -199,7 +223,8 @@ def empty_cache(config: Model, batch: int, length: int) -> dict[str, Cache]:
         stacked = (int(match[2]) - int(match[1]) + 1,) if match else ()
         shape = (*stacked, batch, length, attention.key_heads, attention.head_dim)
         zeros = jnp.zeros(shape, config.dtype)
-        caches[name] = Cache(zeros, zeros, jnp.zeros(stacked, jnp.int32))
+        segments = jnp.zeros((*stacked, batch, length), jnp.int32)
+        caches[name] = Cache(zeros, zeros, segments, jnp.zeros(stacked, jnp.int32))
     return caches
 
 
@@ -210,6 +235,11 @@ def advance(config: Model, model_state: dict[str, Any], statistics: dict[str, An
     blocks = dict(model_state["blocks"])
     for name, feed_forward in config.runs():
         if name in blocks:
-            state, counts = blocks[name]["feed_forward"], statistics["blocks"][name]["feed_forward"]
-            blocks[name] = {"feed_forward": feed_forward.advance(state, counts)}
+            state, found = dict(blocks[name]), statistics["blocks"][name]
+            router = config.depth.router_of(first_block(name))
+            if "feed_forward" in state:
+                state["feed_forward"] = feed_forward.advance(state["feed_forward"], found["feed_forward"])
+            if "depth" in state and router is not None:
+                state["depth"] = router.advance(state["depth"], found["depth"])
+            blocks[name] = state
     return {**model_state, "blocks": blocks}

@@ -1,12 +1,13 @@
-"""The mixture-of-experts feed-forward: router, plan, dispatch, experts, optional shared expert.
+"""The mixture-of-experts feed-forward: router, plan, dispatch, experts, optional shared expert and experts that compute nothing.
 
-Legend: B batch, L length, D model, F ffn, E experts, A assignments, G routing groups, S tokens of a group.
+Legend: B batch, L length, D model, F ffn, E experts, A assignments, G routing groups, S tokens of a group, R most experts of a token.
 """
 
 import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -19,6 +20,7 @@ from sparse_lm.routing.dispatch import dispatch_local
 from sparse_lm.routing.expert_parallel import Experts, dispatch_on_mesh
 from sparse_lm.routing.router import Router, RouterInputs, RouterLayer
 from sparse_lm.routing.top_k import TopKRouter
+from sparse_lm.routing.zero_computation import ZeroComputation, ZeroComputationLayer, without_zero_computation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,8 @@ class MoEFeedForward(FeedForward):
     """Hidden size of the shared expert (Dai et al. 2024, arXiv 2401.06066); 0: none."""
     activation: Activation = "swiglu"
     """Activation of the experts."""
+    zero_computation: ZeroComputation = ZeroComputation()
+    """Experts beside these that cost nothing."""
     group_sequences: int = 1
     """Sequences in one routing group; balance losses are means over groups, and groups are never split by a shard."""
     receive_factor: float = 0.0
@@ -50,7 +54,12 @@ class MoEFeedForward(FeedForward):
         self.require(self.group_sequences >= 1, "group_sequences", "at least 1")
         enough = self.receive_factor == 0 or self.receive_factor >= 1
         self.require(enough, "receive_factor", "0 (as many as can come) or at least 1")
-        self.router.check_experts(self.experts)
+        self.router.check_experts(self.routes)
+
+    @property
+    def routes(self) -> int:
+        """Experts that the router knows: those that compute, then those that do not."""
+        return self.experts + self.zero_computation.experts
 
     def sequences_per_group(self) -> int:
         """See FeedForward.sequences_per_group."""
@@ -68,15 +77,18 @@ class MoEFeedForward(FeedForward):
         """See FeedForward.build."""
         return MoELayer(self, d_model)
 
-    def cost(self, d_model: int) -> dict[str, tuple[int, int, float]]:
-        """See FeedForward.cost."""
+    def cost(self, d_model: int, experts_per_token: float | None = None) -> dict[str, tuple[int, int, float]]:
+        """See FeedForward.cost. Where some experts compute nothing, even loads are assumed unless the mean is measured."""
         into, into_flops = self.projection.cost(d_model, self.hidden)
         out, out_flops = self.projection.cost(self.hidden, d_model)
         gates = 2 if self.activation == "swiglu" else 1
-        one, k = gates * into + out, self.router.experts_per_token(self.experts)
+        one, k = gates * into + out, experts_per_token
+        if k is None:
+            k = self.router.experts_per_token(self.routes) * self.experts / self.routes
+        router, extra = d_model * self.router.columns * self.routes, self.zero_computation.parameters(d_model)
         rows = {
             "experts": (self.experts * one, round(k * one), k * (gates * into_flops + out_flops)),
-            "router": (d_model * self.experts, d_model * self.experts, 2.0 * d_model * self.experts),
+            "router": (router + extra, router + extra, 2.0 * router),
         }
         if self.shared_hidden:
             rows["shared_expert"] = self.shared().cost(d_model)["feed_forward"]
@@ -123,7 +135,9 @@ class MoELayer(nnx.Module):
         self.config = config
         into, out = ("embed", "ffn"), ("ffn", "embed")
         build = config.projection.build
-        self.router = RouterLayer(config.router, d_model, config.experts)
+        self.router = RouterLayer(config.router, d_model, config.routes)
+        extra = config.zero_computation
+        self.zero_computation = ZeroComputationLayer(extra, d_model) if extra.experts else None
         self.gate = build(d_model, config.hidden, into, experts=config.experts)
         self.up = build(d_model, config.hidden, into, experts=config.experts) if config.activation == "swiglu" else None
         self.down = build(config.hidden, d_model, out, experts=config.experts)
@@ -142,20 +156,32 @@ class MoELayer(nnx.Module):
             return a.reshape(groups, -1, *a.shape[2:])
 
         inputs = RouterInputs(
-            grouped(info.tokens_BL), grouped(info.segments_BL) > 0, grouped(info.segments_BL), info.key
+            grouped(info.tokens_BL),
+            grouped(info.segments_BL) > 0,
+            grouped(info.segments_BL),
+            info.key,
+            batch // groups,
+            None if info.replay is None else grouped(info.replay["feed_forward"]),
         )
         routing = self.router(grouped(x_BLD), inputs)
-        metrics, mesh = routing.metrics, current()
+        plan, metrics, mesh = routing.plan, routing.metrics, current()
+        if self.zero_computation is not None:
+            plan, weight_GSZ = without_zero_computation(plan, self.config.experts)
+            load_E, tokens = metrics["load"][0], metrics["experts_per_token"][1]
+            metrics = {**metrics, "experts_per_token": (jnp.sum(load_E[: self.config.experts]), tokens)}
         if mesh is None:
-            y_BLD = dispatch_local(x_BLD.reshape(-1, d_model), routing.plan, self.experts).reshape(x_BLD.shape)
+            y_BLD = dispatch_local(x_BLD.reshape(-1, d_model), plan, self.experts).reshape(x_BLD.shape)
         else:
             y_BLD, lost = dispatch_on_mesh(
-                mesh, x_BLD, routing.plan, self.experts.as_function(x_BLD.dtype), self.config.receive_factor
+                mesh, x_BLD, plan, self.experts.as_function(x_BLD.dtype), self.config.receive_factor
             )
             if mesh.shape["expert"] > 1:
                 metrics = {**metrics, "overflow": (lost, metrics["load"][1])}
-        # Needs nothing of the exchange, so XLA may compute it while rows travel.
+        # Need nothing of the exchange, so XLA may compute them while rows travel.
+        if self.zero_computation is not None:
+            y_BLD = y_BLD + self.zero_computation(x_BLD, weight_GSZ.reshape(batch, length, -1))
         if self.shared is not None:
             y_BLD = y_BLD + self.shared(x_BLD, info)[0]
-        statistics = {"router": metrics["load"][0]} if self.router.state_names else {}
-        return y_BLD, Aux(routing.objective, metrics, statistics)
+        statistics = {"router": routing.statistics} if self.router.state_names else {}
+        choices = {"feed_forward": routing.expert_GSR.reshape(batch, length, -1)}
+        return y_BLD, Aux(routing.objective, metrics, statistics, choices)

@@ -32,19 +32,67 @@ class RoutingPlan:
     experts: int = dataclasses.field(metadata={"static": True})
 
 
-def token_choice_plan(expert_GSK: jax.Array, weight_GSK: jax.Array, valid_GS: jax.Array, experts: int) -> RoutingPlan:
-    """Builds the plan of a router in which every valid token has exactly K experts."""
-    groups, tokens, k = expert_GSK.shape
-    valid_GSK = jnp.broadcast_to(valid_GS[..., None], expert_GSK.shape)
-    slots_A = jnp.arange(tokens * k, dtype=jnp.int32)
+def plan_of_choices(expert_GSR: jax.Array, weight_GSR: jax.Array, experts: int) -> RoutingPlan:
+    """Builds the plan in which each token has the experts of its row; E marks an unused slot of a row, which stays dead.
+
+    Args:
+      expert_GSR: int32 experts, different ones in a row.
+      weight_GSR: float32 weights; those of unused slots do not matter.
+      experts: E.
+    """
+    groups, tokens, most = expert_GSR.shape
+    live_GSR = expert_GSR < experts
+    slots_A = jnp.arange(tokens * most, dtype=jnp.int32)
     return RoutingPlan(
-        token_GA=jnp.broadcast_to(slots_A // k, (groups, tokens * k)),
-        expert_GA=jnp.where(valid_GSK, expert_GSK, experts).reshape(groups, -1).astype(jnp.int32),
-        weight_GA=jnp.where(valid_GSK, weight_GSK, 0.0).reshape(groups, -1),
-        slot_GSR=jnp.broadcast_to(slots_A.reshape(tokens, k), (groups, tokens, k)),
+        token_GA=jnp.broadcast_to(slots_A // most, (groups, tokens * most)),
+        expert_GA=expert_GSR.reshape(groups, -1).astype(jnp.int32),
+        weight_GA=jnp.where(live_GSR, weight_GSR, 0.0).reshape(groups, -1),
+        slot_GSR=jnp.where(live_GSR, slots_A.reshape(tokens, most), tokens * most),
         dropped=jnp.zeros((), jnp.float32),
         experts=experts,
     )
+
+
+def compacted(plan: RoutingPlan, rows: int) -> RoutingPlan:
+    """Keeps the first `rows` live assignments of each group, in their order, and drops (and counts) the others.
+
+    Routers whose tokens differ in their number of experts would otherwise carry a dead slot for every expert that a token does
+    not have. In a plan of `plan_of_choices` the order is that of the tokens, so a token's fate depends on earlier ones alone.
+    """
+    groups, total = plan.expert_GA.shape
+    live_GA = plan.expert_GA < plan.experts
+    rank_GA = jnp.cumsum(live_GA, axis=-1, dtype=jnp.int32) - 1
+    place_GA = jnp.where(live_GA & (rank_GA < rows), rank_GA, rows)
+    group_G1 = jnp.arange(groups)[:, None]
+    source_GN = jnp.full((groups, rows), total, jnp.int32)
+    numbers_GA = jnp.broadcast_to(jnp.arange(total, dtype=jnp.int32), (groups, total))
+    source_GN = source_GN.at[group_G1, place_GA].set(numbers_GA, mode="drop")
+
+    def taken(a_GA: jax.Array, empty: float) -> jax.Array:
+        return a_GA.at[group_G1, source_GN].get(mode="fill", fill_value=empty)
+
+    slot_GSR = place_GA.at[group_G1[..., None], plan.slot_GSR].get(mode="fill", fill_value=rows)
+    return RoutingPlan(
+        token_GA=taken(plan.token_GA, 0),
+        expert_GA=taken(plan.expert_GA, plan.experts),
+        weight_GA=taken(plan.weight_GA, 0.0),
+        slot_GSR=slot_GSR,
+        dropped=plan.dropped + jnp.sum(live_GA & (rank_GA >= rows), dtype=jnp.float32),
+        experts=plan.experts,
+    )
+
+
+def ranks_in_order(expert_GA: jax.Array, experts: int) -> jax.Array:
+    """Returns how many assignments before each one go to the same expert, int32 [G, A]."""
+
+    def one(expert_A: jax.Array) -> jax.Array:
+        order_A = jnp.argsort(expert_A, stable=True)
+        sorted_A = expert_A[order_A]
+        first_E = jnp.searchsorted(sorted_A, jnp.arange(experts + 1))
+        rank_A = jnp.arange(expert_A.size, dtype=jnp.int32) - first_E[sorted_A].astype(jnp.int32)
+        return jnp.zeros_like(rank_A).at[order_A].set(rank_A, unique_indices=True)
+
+    return jax.vmap(one)(expert_GA)
 
 
 def dense_mask(plan: RoutingPlan) -> jax.Array:

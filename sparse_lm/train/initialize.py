@@ -7,11 +7,13 @@ written in Python may pass any list to `initialize`.
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparse_lm.config import Config
 from sparse_lm.layers.parameter import map_leaves
@@ -38,6 +40,10 @@ class StartFrom(Config):
     """Globs over parameter paths that keep fresh values, such as `head`."""
     rename: tuple[str, ...] = ()
     """Regular expressions old=new applied to the source's parameter paths, in order."""
+    upcycle: bool = False
+    """Copy the dense feed-forward of each block to every expert where this run has experts (Komatsuzaki et al. 2022, arXiv 2212.05055)."""
+    upcycle_noise: float = 0.0
+    """Deviation of the noise that makes the copies differ, relative to that of the weights; 0: equal copies."""
 
     def check(self) -> None:
         """See Config.check."""
@@ -53,6 +59,9 @@ class StartFrom(Config):
                 re.compile(entry.partition("=")[0])
             except re.error as error:
                 self.require(False, "rename", f"valid regular expressions ({error})")
+        self.require(self.upcycle_noise >= 0, "upcycle_noise", "0 or above")
+        self.require(self.upcycle or not self.upcycle_noise, "upcycle_noise", "0 unless upcycle is on")
+        self.require(not (self.upcycle and self.keep == "everything"), "keep", "parameters, when upcycle is on")
         partial = self.include != ("*",) or self.exclude
         self.require(
             not (self.keep == "everything" and partial), "keep", "parameters, when include or exclude select some"
@@ -100,16 +109,55 @@ def select(include: Sequence[str], exclude: Sequence[str]) -> Transform:
     return transform
 
 
+def upcycle(experts: Mapping[int, int], noise: float, seed: int) -> Transform:
+    """Returns the transform that copies dense feed-forward matrices to experts (sparse upcycling, arXiv 2212.05055).
+
+    With equal copies and weights that sum to 1 the model computes what it did before. Routers start fresh.
+
+    Args:
+      experts: experts of each routed block, by its number.
+      noise: deviation of normal noise on the copies, relative to the deviation of the matrix.
+      seed: of the noise.
+    """
+
+    def transform(tree: Tree) -> Tree:
+        flat, copied = flatten(tree["params"]), 0
+        for path, leaf in flat.items():
+            match = re.fullmatch(r"blocks\.(\d+)\.feed_forward\.(gate|up|down)\..*", path)
+            if match is None or int(match[1]) not in experts or np.ndim(leaf) != 2:
+                continue
+            weight = np.asarray(leaf, np.float32)
+            copies = np.repeat(weight[None], experts[int(match[1])], axis=0)
+            if noise:
+                draw = np.random.default_rng((seed, zlib.crc32(path.encode())))
+                copies = copies + noise * weight.std() * draw.standard_normal(copies.shape, np.float32)
+            flat[path] = copies
+            copied += 1
+        if not copied:
+            raise CheckpointError("start_from.upcycle: no block is dense in the source and has experts in this recipe")
+        return {**tree, "params": unflatten(flat)}
+
+    return transform
+
+
 def parameters_only(tree: Tree) -> Tree:
     """The transform that drops all but the parameters: a fresh optimizer, step 0."""
     return {"params": tree["params"]}
 
 
-def transforms_of(config: StartFrom) -> list[Transform]:
-    """Returns the transforms that a config asks for, in order."""
+def transforms_of(config: StartFrom, experts: Mapping[int, int] | None = None, seed: int = 0) -> list[Transform]:
+    """Returns the transforms that a config asks for, in order.
+
+    Args:
+      config: the config.
+      experts: experts of each routed block of the run, for upcycling.
+      seed: of the run.
+    """
     transforms = [rename(*entry.split("=")) for entry in config.rename]
     if config.include != ("*",) or config.exclude:
         transforms.append(select(config.include, config.exclude))
+    if config.upcycle:
+        transforms.append(upcycle(experts or {}, config.upcycle_noise, seed))
     if config.keep == "parameters":
         transforms.append(parameters_only)
     return transforms
@@ -149,4 +197,4 @@ def initialize(fresh: TrainState, source: Tree, transforms: Sequence[Transform],
 
 def is_partial(config: StartFrom) -> bool:
     """Says whether parameters that the source lacks may keep fresh values."""
-    return config.include != ("*",) or bool(config.exclude) or bool(config.rename)
+    return config.include != ("*",) or bool(config.exclude) or bool(config.rename) or config.upcycle

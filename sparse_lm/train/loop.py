@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from pallas_kernels import backend
-from sparse_lm.accounting import Account, account
+from sparse_lm.accounting import Account, account, measured_in
 from sparse_lm.config import ConfigError, to_dict, validate
 from sparse_lm.data import storage
 from sparse_lm.data.dataset import Dataset
@@ -29,12 +29,13 @@ from sparse_lm.data.pipeline import prepare, stream_identity, train_stream
 from sparse_lm.model.cudnn_attention import documents_bucket
 from sparse_lm.parallel.distributed import RESUMABLE, Cluster
 from sparse_lm.recipe import SCHEMA, Recipe, differences, recipe_from_json, save_recipe
-from sparse_lm.routing.diagnostics import router_row
+from sparse_lm.routing.diagnostics import RouterWatch, router_row
 from sparse_lm.train import machine
 from sparse_lm.train.ballot import Ballot
 from sparse_lm.train.checkpoint import Checkpointer, DamagedCheckpoint, checkpoint_directory, saved_recipe
 from sparse_lm.train.checkpoint_files import newest_sound_step, set_aside, step_directories
-from sparse_lm.train.metrics import Meter, Writers, open_writers
+from sparse_lm.train.churn import RoutingProbe, probe_batch
+from sparse_lm.train.metrics import Meter, Writers, open_writers, read_rows
 from sparse_lm.train.progress import Progress
 from sparse_lm.train.session import Session, open_session, starting_point
 from sparse_lm.train.state import TrainState
@@ -289,6 +290,14 @@ class Run:
         self.stop = False
         self.documents: collections.deque[int] = collections.deque()
         self.tokens_before = 0
+        self.watch = RouterWatch()
+        self.churn: dict[str, Any] = {}
+        if (run_dir / "metrics.jsonl").exists():
+            self.watch.restore(read_rows(run_dir / "metrics.jsonl", "train"))
+        routed = any(forward.routes for _, forward in session.definition.config.runs())
+        probe = routed and probe_batch(dataset, self.recipe.data, self.recipe.validation.batch_size)
+        placed = (session.definition, self.recipe.population, session.mesh, run_dir)
+        self.probe = RoutingProbe(*placed, probe) if probe else None
 
     def steps(self, state: TrainState, data_state: dict[str, Any] | None, first: int) -> bool:
         """Runs from step `first` to the end; returns whether the end was reached."""
@@ -332,7 +341,11 @@ class Run:
                         self._validate(state, done, meter)
                 # One process need not wait for the count of its own vote.
                 stop = (self.stop or (self.cluster.count == 1 and self.termination.requested)) and done < total
-                if stop or (self._due(recipe.checkpoint.every, done) and done < total):
+                due = self._due(recipe.checkpoint.every, done) or done == total
+                if due and self.probe is not None:
+                    with meter.paused():
+                        self.churn = self.probe(done, state.params, state.model_state)
+                if stop or (due and done < total):
                     self._report(meter)
                     self._save(state, data_state, done)
                 if stop:
@@ -364,7 +377,7 @@ class Run:
         peak = machine.peak_flops(device.device_kind, recipe.model.compute_dtype)
         peak = peak and peak * self.session.mesh.size
         flops = lines.train_flops * (self.session.members or 1)
-        tokens, seconds = 0, 0.0
+        tokens, seconds, spent = 0, 0.0, 0.0
         path = self.run_dir / "metrics.jsonl"
         if first and path.exists():
             rows = [json.loads(line) for line in path.read_text().splitlines() if line]
@@ -372,8 +385,10 @@ class Run:
             if trained:
                 tokens, seconds = trained[-1]["tokens"], trained[-1]["seconds"]
                 per_step = tokens / trained[-1]["step"]
-                tokens += round(per_step * (first - trained[-1]["step"]))
-        return Meter(flops, peak, tokens, seconds)
+                unlogged = round(per_step * (first - trained[-1]["step"]))
+                tokens += unlogged
+                spent = trained[-1]["flops"] * (self.session.members or 1) + unlogged * flops
+        return Meter(flops, peak, tokens, seconds, spent)
 
     def _note(self, compile_s: float, first: int) -> str:
         recipe, lines = self.recipe, self._lines()
@@ -430,18 +445,28 @@ class Run:
         meter.step(int(pulse["tokens"].max()))
         if (pulse["skipped"] > 0).any():
             self._skipped(done, pulse, metrics)
-        if done % self.recipe.log.log_every and done != self.recipe.train.steps:
+        if done % self.recipe.log.log_every and done != self.recipe.train.steps and not self.churn:
             return
         row: dict[str, Any] = {"kind": "train", "step": done, **meter.read()}
         row["flops"] /= self.session.members or 1  # like tokens: of one member
         row.update({name: pulse[name] for name in ("loss", "learning_rate", "grad_norm", "skipped")})
-        row.update(router_row(jax.device_get(metrics["blocks"]), population=self.recipe.population.active))
+        row.update(router_row(jax.device_get(metrics["blocks"]), population=self.recipe.population.active) | self.churn)
+        self.churn = {}
+        found, alarms = self.watch.update(row)
+        row.update(found)
+        if measured := measured_in(row):
+            flops = account(self.recipe.model, self.recipe.data.sequence_length, measured=measured).train_flops
+            row["flops_per_token"] = flops
+            meter.flops_per_token = flops * (self.session.members or 1)
         if (statistics := machine.memory_statistics()) is not None:
             row["memory_peak_bytes"] = statistics["peak_bytes"]
         if (joules := self.energy.joules()) is not None:
             row["joules_per_token"] = joules / max((meter.tokens - self.tokens_before) * (self.session.members or 1), 1)
         self.writers.write(row)
         self.progress.update(row)
+        for alarm in alarms:
+            self.writers.write({"kind": "event", "step": done, "event": "routing alarm", "alarm": alarm})
+            self.progress.event(f"step {done}, {alarm}")
 
     def _skipped(self, done: int, pulse: dict[str, np.ndarray], metrics: dict[str, Any]) -> None:
         norms = jax.device_get(metrics["group_norms"])
@@ -466,7 +491,7 @@ class Run:
         numbers = validation_row(
             self.eval_step, params, state.model_state, self.dataset, recipe.data, recipe.validation
         )
-        totals = {"tokens": meter.tokens, "seconds": meter.seconds, "flops": meter.tokens * self._lines().train_flops}
+        totals = {"tokens": meter.tokens, "seconds": meter.seconds, "flops": meter.flops / (self.session.members or 1)}
         row = {"kind": "validation", "step": done, **totals, **numbers}
         self.validation_loss = float(np.mean(numbers["loss"]))
         self.writers.write(row)

@@ -310,6 +310,7 @@ class Meter:
     MFU = tokens per second x FLOPs per token / peak FLOP/s of all devices, with the FLOPs that the model needs (active
     parameters only, causal attention counted half, no recomputation). Training is asynchronous, so single steps cannot be timed
     from the host; means between two `read`s can. Time inside `paused` (validation, saving, compiling) is not training time.
+    `flops_per_token` may be set anew while training: it counts for the steps that follow.
     """
 
     def __init__(
@@ -318,10 +319,11 @@ class Meter:
         peak_flops: float | None,
         tokens: int = 0,
         seconds: float = 0.0,
+        flops: float = 0.0,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.tokens, self.seconds = tokens, seconds
+        self.tokens, self.seconds, self.flops = tokens, seconds, flops
         self._clock = clock
         self._last = clock()
         self._steps, self._tokens, self._elapsed, self._waited = 0, 0, 0.0, 0.0
@@ -353,6 +355,7 @@ class Meter:
         self._steps += 1
         self._tokens += tokens
         self.tokens += tokens
+        self.flops += tokens * self.flops_per_token
 
     def read(self) -> Row:
         """Returns totals and the means since the last call, as the part of a row that is about time."""
@@ -363,7 +366,7 @@ class Meter:
         return {
             "tokens": self.tokens,
             "seconds": self.seconds,
-            "flops": self.tokens * self.flops_per_token,
+            "flops": self.flops,
             "tokens_per_s": speed,
             "step_s": elapsed / max(steps, 1),
             "data_wait_s": waited / max(steps, 1),

@@ -20,6 +20,7 @@ from sparse_lm.layers.parametrization import learning_rate_scales
 from sparse_lm.model.definition import Definition, define, for_documents
 from sparse_lm.parallel import rules
 from sparse_lm.recipe import Recipe, checkpoints_of_run
+from sparse_lm.routing.experts import MoEFeedForward
 from sparse_lm.train.checkpoint import read_checkpoint
 from sparse_lm.train.initialize import initialize, is_partial, transforms_of
 from sparse_lm.train.population import member_arrays, over_members
@@ -204,7 +205,13 @@ def starting_point(session: Session) -> tuple[TrainState, dict[str, Any] | None]
     if start.run is None:
         return state, None
     source = read_checkpoint(checkpoints_of_run(start.run), start.step)
-    transforms, partial = transforms_of(start), is_partial(start)
+    model = session.recipe.model
+    experts = {
+        layer: forward.experts
+        for layer in range(model.layers)
+        if isinstance(forward := model.feed_forward_of(layer), MoEFeedForward)
+    }
+    transforms, partial = transforms_of(start, experts, session.recipe.seed), is_partial(start)
     if session.members is None:
         state = initialize(state, source.state, transforms, partial=partial)
     else:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.config import Config
+from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.layers.parametrization import learning_rate_scales
 from sparse_lm.model.definition import Batch, Definition
 from sparse_lm.model.transformer import advance
@@ -114,7 +115,9 @@ def build_step(
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
         rate = jnp.where(finite, learning_rate, 0.0)
-        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        params = map_leaves(
+            lambda _, p, u, frozen: p if frozen else p - rate * u, state.params, updates, definition.frozen
+        )
         ema = state.ema
         if train.ema_decay is not None:
             ema = keep(ema_update(ema, params, train.ema_decay, state.step), ema)

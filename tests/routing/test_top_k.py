@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from sparse_lm.routing import losses
 from sparse_lm.routing.losses import balance_loss, z_loss
-from sparse_lm.routing.plan import cost, counts, dense_mask, density, picture, token_choice_plan
+from sparse_lm.routing.measure import chosen_mask
+from sparse_lm.routing.plan import cost, counts, dense_mask, density, picture
 from sparse_lm.routing.router import RouterInputs, Routing
 from sparse_lm.routing.top_k import TopKRouter
 
@@ -17,7 +20,7 @@ from sparse_lm.routing.top_k import TopKRouter
 PROBABILITY_GSE = np.array([[[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]], np.float32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(tiny.jit, static_argnums=0)
 def _route(router: TopKRouter, logits_GSE, valid_GS, state) -> Routing:
     inputs = RouterInputs(valid_GS.astype(jnp.int32), valid_GS, valid_GS.astype(jnp.int32), None)
     return router.plan(logits_GSE, inputs, state)
@@ -111,9 +114,10 @@ def test_bias_update_by_hand() -> None:
     assert router.initial_state(3)["bias"].tolist() == [0, 0, 0]
     # loads 4, 2, 0: mean 2; too much -> -0.1, equal -> 0, too little -> +0.1; the second layer is balanced
     counts_LE = jnp.array([[4.0, 2.0, 0.0], [2.0, 2.0, 2.0]])
-    state = router.advance({"bias": jnp.array([[0.5, 0.5, 0.5], [0.0, 0.0, 0.0]])}, counts_LE)
+    statistics = {"wanted": counts_LE, "tokens": jnp.array([3.0, 3.0])}
+    state = router.advance({"bias": jnp.array([[0.5, 0.5, 0.5], [0.0, 0.0, 0.0]])}, statistics)
     np.testing.assert_allclose(state["bias"], [[0.4, 0.5, 0.6], [0, 0, 0]], rtol=1e-6)
-    assert TopKRouter().initial_state(3) == {} == TopKRouter().advance({}, counts_LE)
+    assert TopKRouter().initial_state(3) == {} == TopKRouter().advance({}, statistics)
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
@@ -149,9 +153,9 @@ def test_balance_loss_is_one_when_uniform(experts: int, k: int) -> None:
     # Token s takes experts s .. s + k - 1 (mod E): every load is equal; probabilities are uniform.
     expert_GSK = (jnp.arange(experts)[:, None] + jnp.arange(k))[None] % experts
     valid_GS = jnp.ones((1, experts), bool)
-    plan = token_choice_plan(expert_GSK, jnp.ones(expert_GSK.shape), valid_GS, experts)
     probability_GSE = jnp.full((1, experts, experts), 1 / experts)
-    assert float(balance_loss(probability_GSE, plan, valid_GS)) == pytest.approx(1.0, rel=1e-6)
+    chosen_GSE = chosen_mask(expert_GSK, experts)
+    assert float(balance_loss(probability_GSE, chosen_GSE, valid_GS)) == pytest.approx(1.0, rel=1e-6)
 
 
 def test_balance_loss_is_the_number_of_experts_when_all_goes_to_one() -> None:
@@ -170,3 +174,44 @@ def test_z_loss_by_hand() -> None:
     # ln(1 + 3) = ln 4 squared; the second token is padding
     logits = jnp.log(jnp.array([[[1.0, 3.0], [5.0, 5.0]]]))
     assert float(z_loss(logits, jnp.array([[True, False]]))) == pytest.approx(math.log(4) ** 2, rel=1e-6)
+
+
+VALID_GS = jnp.ones((1, 2), bool)
+
+
+def test_importance_by_hand() -> None:
+    # mean probabilities (0.3, 0.45, 0.25), their mean 1/3: variance (0.0333^2 + 0.1167^2 + 0.0833^2) / 3 = 0.0072222; times 9
+    assert float(losses.importance_loss(PROBABILITY_GSE, VALID_GS)) == pytest.approx(0.065, rel=1e-5)
+    one = jnp.array([[[1.0, 0, 0, 0]]])  # all on one of four: variance 3/16, squared mean 1/16
+    assert float(losses.importance_loss(one, VALID_GS[:, :1])) == pytest.approx(3.0, rel=1e-5)
+
+
+def test_entropies_by_hand() -> None:
+    local = -sum(p * math.log(p) for p in PROBABILITY_GSE.ravel().tolist())
+    assert float(losses.local_entropy_loss(PROBABILITY_GSE, VALID_GS)) == pytest.approx(local, rel=1e-5)
+    mean = sum(p * math.log(p) for p in (0.3, 0.45, 0.25))
+    assert float(losses.global_entropy_loss(PROBABILITY_GSE, VALID_GS)) == pytest.approx(mean, rel=1e-5)
+
+
+def test_balance_over_sequences_is_the_mean_of_theirs() -> None:
+    # Two tokens, each its own sequence, one expert each: E * f * P = 3 * 0.5 and 3 * 0.6
+    chosen_GSE = jnp.array([[[1.0, 0, 0], [0, 1, 0]]])
+    found = float(losses.sequence_balance_loss(PROBABILITY_GSE, chosen_GSE, VALID_GS, 2))
+    assert found == pytest.approx((1.5 + 1.8) / 2, rel=1e-6)
+    one = float(losses.sequence_balance_loss(PROBABILITY_GSE, chosen_GSE, VALID_GS, 1))
+    assert one == pytest.approx(float(losses.balance_loss(PROBABILITY_GSE, chosen_GSE, VALID_GS)), rel=1e-6)
+    half = float(losses.sequence_balance_loss(PROBABILITY_GSE, chosen_GSE, jnp.array([[True, False]]), 2))
+    assert half == pytest.approx(1.5, rel=1e-6)  # a sequence of padding counts as none
+
+
+def test_balance_over_the_step_uses_the_fractions_of_the_step_before() -> None:
+    # f = (1/2, 1/4, 1/4): 3 * ((0.25 + 0.075 + 0.05) + (0.05 + 0.15 + 0.075)) = 3 * 0.65
+    router = TopKRouter(k=1, balance_over="step", balance_coefficient=0.5)
+    state = {"fraction": jnp.array([0.5, 0.25, 0.25])}
+    inputs = RouterInputs(VALID_GS.astype(jnp.int32), VALID_GS, VALID_GS.astype(jnp.int32), None)
+    routing = tiny.jit(router.plan)(jnp.log(PROBABILITY_GSE), inputs, state)
+    assert [float(v) for v in routing.metrics["balance_loss"]] == pytest.approx([1.95, 2.0], rel=1e-6)
+    assert float(routing.objective["tokens"] - 1e-3 * routing.metrics["z_loss"][0]) == pytest.approx(0.975, rel=1e-5)
+    # The next step's fractions: experts 0 and 1 once each.
+    assert router.advance(state, routing.statistics)["fraction"].tolist() == [0.5, 0.5, 0]
+    assert router.initial_state(4)["fraction"].tolist() == [0.25] * 4

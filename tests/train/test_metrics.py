@@ -134,7 +134,9 @@ def test_closing_reaches_every_writer():
 
 def test_meter_separates_training_waiting_and_pauses():
     now = [0.0]
-    meter = metrics.Meter(flops_per_token=50.0, peak_flops=10_000.0, tokens=1000, seconds=5.0, clock=lambda: now[0])
+    meter = metrics.Meter(
+        flops_per_token=50.0, peak_flops=10_000.0, tokens=1000, seconds=5.0, flops=50_000.0, clock=lambda: now[0]
+    )
     for _ in range(2):
         with meter.waiting():
             now[0] += 0.5

@@ -1,0 +1,402 @@
+"""Compares routers at equal tokens: python -m experiments.routing_comparison --out DIR [--smoke] [--seconds 230].
+
+Every router trains the same small model as one population. First its learning rate is tuned (three rates, two seeds); then six other
+seeds, the same for all routers, train at the best rate, so that differences between routers are paired: equal seeds share initial
+values wherever the models are equal, and all members read the same data in the same order. Experts are sized so that the nominal
+active operations are equal; the measured ones stand in the table, since some routers choose how much they compute.
+
+Writes DIR/routing_comparison.json, .md and .svg.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_lm.accounting import account, measured_in
+from sparse_lm.data.packaged import Packaged
+from sparse_lm.data.pipeline import DataConfig, prepare, train_stream
+from sparse_lm.data.tokenizer import BPE
+from sparse_lm.layers.feed_forward import DenseFeedForward, FeedForward
+from sparse_lm.model.attention import Attention
+from sparse_lm.model.definition import Definition, define
+from sparse_lm.model.transformer import Model
+from sparse_lm.routing.diagnostics import by_layer, router_row
+from sparse_lm.routing.experts import MoEFeedForward
+from sparse_lm.routing.hash_router import HashRouter
+from sparse_lm.routing.router import Router
+from sparse_lm.routing.token_choice import BiasBalancedRouter, RandomRouter, SinkhornRouter, SwitchRouter
+from sparse_lm.routing.top_k import TopKRouter
+from sparse_lm.routing.variable import ExpertChoiceRouter, ExpertThresholdRouter, ReMoERouter
+from sparse_lm.train.optimizer import AdamW
+from sparse_lm.train.population import Population
+from sparse_lm.train.schedule import WarmupStableDecay
+from sparse_lm.train.state import initial_state
+from sparse_lm.train.step import PULSE, Train, build_step
+from sparse_lm.train.validation import MODEL_ARRAYS, build_eval_step, document_losses
+
+STUDENT = {4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
+"""97.5% quantiles of Student's t by degrees of freedom."""
+TUNING_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4, 5)
+BASELINE = "top_k"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Sizes of the comparison."""
+
+    experts: int = 16
+    hidden: int = 192
+    k: int = 2
+    d_model: int = 256
+    layers: int = 4
+    heads: int = 4
+    length: int = 256
+    batch: int = 32
+    steps: int = 600
+    vocabulary: int = 4096
+    dtype: str = "bfloat16"
+    learning_rate: float = 2e-3
+    multipliers: tuple[float, ...] = (0.5, 1.0, 2.0)
+    validation_tokens: int = 65536
+
+
+SMOKE = Setup(4, 32, 2, 32, 2, 2, 32, 4, 6, 300, "float32", validation_tokens=256)
+
+
+def arms(setup: Setup) -> dict[str, FeedForward]:
+    """Returns the feed-forward of each arm; all compute 2 x hidden units a token, nominally."""
+    k, experts, hidden = setup.k, setup.experts, setup.hidden
+
+    def moe(router: Router) -> MoEFeedForward:
+        return MoEFeedForward(experts=experts, hidden=hidden, router=router)
+
+    return {
+        "top_k": moe(TopKRouter(k=k)),
+        "bias_balanced": moe(BiasBalancedRouter(k=k)),
+        "switch": MoEFeedForward(
+            experts=experts // k, hidden=k * hidden, router=SwitchRouter(balance_coefficient=0.01)
+        ),
+        "hash": moe(HashRouter(k=k)),
+        "random": moe(RandomRouter(k=k)),
+        "expert_threshold": moe(ExpertThresholdRouter(k=float(k), rows_per_token=1.5 * k)),
+        "remoe": moe(ReMoERouter(k=float(k))),
+        "expert_choice": moe(ExpertChoiceRouter(k=float(k))),
+        "sinkhorn": moe(SinkhornRouter(k=k)),
+        "dense": DenseFeedForward(hidden=k * hidden),
+    }
+
+
+def is_causal(feed_forward: FeedForward) -> bool:
+    """Whether an arm's training loss is that of a causal model."""
+    return feed_forward.router.causal if isinstance(feed_forward, MoEFeedForward) else True
+
+
+class Arm:
+    """One router's population: a compiled step for any seeds and learning rates, and a compiled evaluation."""
+
+    def __init__(self, name: str, feed_forward: FeedForward, setup: Setup, train: Train):
+        self.name, self.feed_forward, self.setup = name, feed_forward, setup
+        self.model = Model(
+            vocab_size=setup.vocabulary,
+            d_model=setup.d_model,
+            layers=setup.layers,
+            # The plain path serves any number of documents: one program for all batches.
+            attention=Attention(
+                heads=setup.heads, head_dim=setup.d_model // setup.heads, backend="plain", max_documents=setup.length
+            ),
+            pattern=(feed_forward,),
+            tied_embeddings=True,
+            execution="scanned",
+            compute_dtype=setup.dtype,  # type: ignore[arg-type]
+        )
+        self.definition: Definition = define(self.model)
+        self.optimizer = AdamW(
+            learning_rate=setup.learning_rate, schedule=WarmupStableDecay(warmup_steps=20, decay_fraction=0.4)
+        )
+        self.members = len(SEEDS)
+        self.train = train
+        transformation = self.optimizer.build(self.definition.dims)
+
+        def create(seed: jax.Array) -> Any:
+            return initial_state(self.definition, transformation, seed, with_ema=False)
+
+        self.create = jax.jit(jax.vmap(create))
+        self.evaluate = build_eval_step(self.definition, Population(seeds=SEEDS))
+
+    def compile(self) -> float:
+        """Compiles creation, step and evaluation; returns the seconds."""
+        start = time.perf_counter()
+        step = jax.vmap(build_step(self.definition, self.optimizer, self.train), in_axes=(0, None, 0))
+        seeds = jax.ShapeDtypeStruct((self.members,), jnp.uint32)
+        rates = jax.ShapeDtypeStruct((self.members,), jnp.float32)
+        shape = jax.ShapeDtypeStruct((self.setup.batch, self.setup.length), jnp.int32)
+        state = jax.eval_shape(self.create, seeds)
+        self.create = self.create.lower(seeds).compile()
+        batch = dict.fromkeys(MODEL_ARRAYS, shape)
+        self.step = jax.jit(step, donate_argnums=0).lower(state, batch, rates).compile()
+        first = self.create(jnp.arange(self.members, dtype=jnp.uint32))
+        empty = dict.fromkeys(MODEL_ARRAYS, np.zeros((self.setup.batch, self.setup.length), np.int32))
+        jax.block_until_ready(self.evaluate(first.params, first.model_state, empty))
+        return time.perf_counter() - start
+
+    def run(self, seeds: list[int], rates: list[float], batches: list[Any], every: int = 10) -> dict[str, Any]:
+        """Trains all members; returns their state, losses and router rows by step, and the seconds."""
+        state, factors = self.create(jnp.asarray(seeds, jnp.uint32)), jnp.asarray(rates, jnp.float32)
+        pulses, metrics = [], []
+        jax.block_until_ready(state)
+        start = time.perf_counter()
+        for number, batch in enumerate(batches):
+            state, found = self.step(state, batch, factors)
+            pulses.append(found["pulse"])
+            if number % every == 0 or number == len(batches) - 1:
+                metrics.append(found["blocks"])
+        jax.block_until_ready(state)
+        seconds = time.perf_counter() - start
+        losses = np.stack([np.asarray(pulse)[:, PULSE.index("loss")] for pulse in pulses])
+        rows = [router_row(jax.device_get(blocks), population=True) for blocks in metrics]
+        return {"state": state, "losses": losses, "rows": rows, "seconds": seconds}
+
+
+def held_out(arm: Arm, state: Any, dataset: Any, data: DataConfig, setup: Setup) -> np.ndarray:
+    """Returns the validation loss of each member over all domains, nats a token."""
+    nats, tokens = 0.0, 0
+    for domain in dataset.domains:
+        found = document_losses(
+            arm.evaluate, state.params, state.model_state, dataset, data, domain, batch_size=setup.batch,
+            max_tokens=setup.validation_tokens,
+        )  # fmt: skip
+        nats, tokens = nats + found.nats.sum(-1), tokens + int(found.tokens.sum())
+    return np.asarray(nats) / max(tokens, 1)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Returns (mean, half width of the 95% interval) of independent values."""
+    return float(values.mean()), float(STUDENT[len(values) - 1] * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def summary(arm: Arm, tuning: dict[str, Any], final: dict[str, Any], setup: Setup) -> dict[str, Any]:
+    """Returns what the table says of one arm."""
+    late = final["rows"][-max(1, len(final["rows"]) // 5) :]
+
+    def mean(name: str) -> float | None:
+        values = [by_layer(row, name) for row in late]
+        found = [value.mean() for row in values for value in row.values()]
+        return float(np.mean(found)) if found else None
+
+    nominal = account(arm.model, setup.length)
+    flops = [account(arm.model, setup.length, measured=measured_in(row)).train_flops for row in final["rows"]]
+    return {
+        "causal": is_causal(arm.feed_forward),
+        "learning_rate": tuning["rate"],
+        "learning_rate_at_edge": tuning["edge"],
+        "tuning": tuning["losses"],
+        "losses": final["validation"].tolist(),
+        "loss": interval(final["validation"]),
+        "curve": final["losses"].mean(-1).tolist(),
+        "max_violation": mean("max_violation"),
+        "dropped": mean("dropped"),
+        "experts_per_token": mean("experts_per_token"),
+        "flops_per_token": float(np.mean(flops)),
+        "nominal_flops_per_token": nominal.train_flops,
+        "parameters": nominal.parameters,
+        "tokens_per_s": arm.members * setup.batch * setup.length * len(final["losses"]) / final["seconds"],
+        "compile_s": final["compile_s"],
+    }
+
+
+def compare(results: dict[str, dict[str, Any]]) -> None:
+    """Adds paired differences: causal arms from the baseline, the others from the first of their own kind."""
+    others = [name for name, row in results.items() if not row["causal"]]
+    for name, row in results.items():
+        base = BASELINE if row["causal"] else others[0]
+        if base in results and name != base:
+            difference = np.array(row["losses"]) - np.array(results[base]["losses"])
+            row["difference"] = {"from": base, "mean": interval(difference)}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Renders the table."""
+    results, setup = report["results"], report["setup"]
+    lines = [
+        "# Routers compared",
+        "",
+        f"{report['device']}, JAX {report['jax']}, {report['date']}. `{report['command']}`",
+        "",
+        f"{setup['layers']} layers, D = {setup['d_model']}, {setup['experts']} experts of {setup['hidden']} units, K = {setup['k']} (switch: half as many, "
+        f"twice as large, K = 1), {report['tokens'] / 1e6:.2f} M tokens a member ({report['unique_tokens'] / 1e6:.2f} M unique), "
+        f"{len(SEEDS)} paired seeds at a learning rate tuned on {len(TUNING_SEEDS)} other seeds. Loss: nats a token on held-out text, mean and 95% "
+        "interval over seeds; difference: paired. FLOPs: measured, training, a token. tokens/s: the whole population.",
+        "",
+    ]
+    header = "| router | learning rate | held-out loss | difference | MFLOPs | experts a token | MaxVio | dropped | tokens/s |"
+    for causal, title in (
+        (True, "## Causal"),
+        (False, "## Not causal: their loss sees the future; compare among themselves only"),
+    ):
+        rows = {name: row for name, row in results.items() if row["causal"] is causal}
+        if not rows:
+            continue
+        lines += [title, "", header, "| --- |" + " ---: |" * 8]
+        for name, row in sorted(rows.items(), key=lambda item: item[1]["loss"][0]):
+            mean, half = row["loss"]
+            change = row.get("difference")
+            difference = f"{change['mean'][0]:+.4f} ± {change['mean'][1]:.4f}" if change else "-"
+
+            def cell(value: float | None, form: str) -> str:
+                return "-" if value is None else format(value, form)
+
+            edge = " (edge)" if row["learning_rate_at_edge"] else ""
+            lines.append(
+                f"| {name} | {row['learning_rate']:.1e}{edge} | {mean:.4f} ± {half:.4f} | {difference} | {row['flops_per_token'] / 1e6:.1f} | "
+                f"{cell(row['experts_per_token'], '.2f')} | {cell(row['max_violation'], '.2f')} | {cell(row['dropped'], '.2%')} | "
+                f"{row['tokens_per_s']:,.0f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def picture(report: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws held-out losses with intervals, and the training curves."""
+    from matplotlib.figure import Figure
+
+    frame = Figure(figsize=(10, 4), layout="constrained")
+    left, right = frame.subplots(1, 2)
+    ordered = sorted(report["results"].items(), key=lambda item: (not item[1]["causal"], item[1]["loss"][0]))
+    for y, (name, row) in enumerate(ordered):
+        colour = f"C{y}"
+        mean, half = row["loss"]
+        left.errorbar(mean, y, xerr=half, fmt="o" if row["causal"] else "s", color=colour, capsize=3)
+        left.plot(row["losses"], [y + 0.18] * len(row["losses"]), "|", color=colour, alpha=0.6)
+        curve = np.array(row["curve"])
+        window = max(1, len(curve) // 40)
+        smooth = np.convolve(curve, np.ones(window) / window, "valid")
+        right.plot(
+            np.arange(len(smooth)) + window, smooth, color=colour, label=name, linestyle="-" if row["causal"] else "--"
+        )
+    left.set_yticks(range(len(ordered)), [name if row["causal"] else f"{name} (not causal)" for name, row in ordered])
+    left.invert_yaxis()
+    left.set_xlabel("held-out loss, nats a token; bars: 95% over seeds, ticks: seeds")
+    right.set_xlabel("step")
+    right.set_ylabel("training loss, mean of seeds")
+    right.set_ylim(top=float(np.percentile([row["curve"] for _, row in ordered], 90)))
+    right.legend(fontsize=8)
+    frame.savefig(path)
+
+
+def tune(arm: Arm, batches: list[Any], setup: Setup) -> dict[str, Any]:
+    """Chooses the learning rate by the mean training loss of the last tenth, over the tuning seeds."""
+    pairs = list(itertools.product(setup.multipliers, TUNING_SEEDS))
+    found = arm.run([seed for _, seed in pairs], [factor for factor, _ in pairs], batches)
+    last = found["losses"][-max(1, len(batches) // 10) :].mean(0)
+    by_rate = {
+        factor: float(np.mean([x for x, (f, _) in zip(last, pairs) if f == factor])) for factor in setup.multipliers
+    }
+    sound = {factor: loss for factor, loss in by_rate.items() if math.isfinite(loss)} or by_rate
+    best = min(sound, key=sound.__getitem__)
+    return {
+        "factor": best,
+        "rate": best * setup.learning_rate,
+        "edge": best in (min(setup.multipliers), max(setup.multipliers)),
+        "losses": {f"{f * setup.learning_rate:.1e}": loss for f, loss in by_rate.items()},
+    }
+
+
+def main() -> int:
+    """Runs the comparison; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/benchmarks"))
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, for a CPU")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="most seconds in all: fewer steps, the same for every router, if they do not suffice",
+    )
+    parser.add_argument("--steps", type=int, help="steps of each run")
+    parser.add_argument("--routers", nargs="*", help="arms to run; default all")
+    parser.add_argument("--data-directory", default="data", help="where prepared data is kept")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    setup = SMOKE if options.smoke else Setup()
+    if options.steps:
+        setup = dataclasses.replace(setup, steps=options.steps)
+    data = DataConfig(
+        sources=(Packaged(documents_per_domain=40) if options.smoke else Packaged(),),
+        tokenizer=BPE(vocab_size=setup.vocabulary),
+        sequence_length=setup.length,
+        batch_size=setup.batch,
+        directory=options.data_directory,
+    )
+    dataset = prepare(data)
+    say = functools.partial(print, flush=True)
+    say(f"data ready after {time.perf_counter() - began:.0f} s: {dataset.train_tokens:,} unique training tokens")
+    stream = train_stream(dataset, data, seed=0)
+    put = functools.partial(jax.tree.map, jnp.asarray)
+    batches = [put({name: batch[name] for name in MODEL_ARRAYS}) for batch, _ in itertools.islice(stream, setup.steps)]
+    # The schedule is over the steps that fit, which are known after compiling; a step count is part of the program.
+    train = Train(steps=setup.steps)
+    chosen = {name: forward for name, forward in arms(setup).items() if not options.routers or name in options.routers}
+    made = {name: Arm(name, forward, setup, train) for name, forward in chosen.items()}
+    compiled: dict[str, float] = {}
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2 if options.smoke else 8) as pool:
+        futures = {pool.submit(arm.compile): name for name, arm in made.items()}
+        for future in concurrent.futures.as_completed(futures):
+            name = futures[future]
+            try:
+                compiled[name] = future.result()
+                say(f"{name}: compiled in {compiled[name]:.1f} s")
+            except Exception as error:  # one arm that cannot be compiled must not cost the others their time
+                say(f"{name}: left out, {type(error).__name__}: {str(error)[:500]}")
+    results: dict[str, dict[str, Any]] = {}
+    for name in [name for name in made if name in compiled]:
+        arm = made[name]
+        left = math.inf if options.seconds is None else options.seconds - (time.perf_counter() - began)
+        if results and left < 1.2 * max(row["wall_s"] for row in results.values()):
+            say(f"{name}: left out, {left:.0f} s are left")
+            continue
+        start = time.perf_counter()
+        try:
+            tuned = tune(arm, batches, setup)
+            final = arm.run(list(SEEDS), [tuned["factor"]] * len(SEEDS), batches)
+            final["validation"] = held_out(arm, final["state"], dataset, data, setup)
+            final["compile_s"] = compiled[name]
+            results[name] = summary(arm, tuned, final, setup)
+            results[name]["wall_s"] = time.perf_counter() - start
+            mean, half = results[name]["loss"]
+            say(f"{name}: {mean:.4f} +- {half:.4f} at {tuned['rate']:.1e}, {results[name]['wall_s']:.1f} s")
+        except Exception as error:
+            say(f"{name}: failed, {type(error).__name__}: {str(error)[:500]}")
+    compare(results)
+    report = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "python -m experiments.routing_comparison " + " ".join(sys.argv[1:]),
+        "setup": dataclasses.asdict(setup),
+        "tokens": setup.steps * setup.batch * setup.length,
+        "unique_tokens": dataset.train_tokens,
+        "seconds": time.perf_counter() - began,
+        "results": results,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "routing_comparison.json").write_text(json.dumps(report, indent=1) + "\n")
+    if results:
+        (options.out / "routing_comparison.md").write_text(markdown(report))
+        picture(report, options.out / "routing_comparison.svg")
+    say(f"{len(results)} of {len(made)} arms in {report['seconds']:.0f} s; written to {options.out}")
+    return 0 if results else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
