@@ -140,6 +140,10 @@ class Checkpointer:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, concurrent.futures.Future] | None = None
 
+    def prepare(self, state: TrainState) -> None:
+        """Compiles the copy of a state that a save begins with, so that the first save does not hold up the steps for it."""
+        self._copy = self._copy.lower(state).compile()
+
     def steps(self) -> list[int]:
         """Returns all finished steps, oldest first."""
         return sorted(self._manager.all_steps())

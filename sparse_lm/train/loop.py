@@ -158,6 +158,7 @@ def train(
         write_description(session, dataset, run_dir)
     progress = Progress(recipe.name, recipe.train.steps, recipe.log.display if cluster.first else "off")
     latest, state, data_state, checkpointer = restored_or_new(session, checkpoints, cluster, progress)
+    checkpointer.prepare(state)
     first = int(np.asarray(state.step).reshape(-1)[0])
     writers = Writers()
     if cluster.first:
