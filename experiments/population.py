@@ -4,8 +4,11 @@ import dataclasses
 
 from experiments.quickstart import quickstart
 from sparse_lm.layers.feed_forward import DenseFeedForward
+from sparse_lm.model.attention import Attention
 from sparse_lm.recipe import Recipe
+from sparse_lm.train.optimizer import AdamW
 from sparse_lm.train.population import Population
+from sparse_lm.train.schedule import WarmupStableDecay
 
 
 def population_small() -> Recipe:
@@ -17,11 +20,19 @@ def population_small() -> Recipe:
     """
     base = quickstart()
     model = dataclasses.replace(
-        base.model, d_model=256, layers=6, pattern=(DenseFeedForward(hidden=704),), compute_dtype="bfloat16"
+        base.model,
+        d_model=256,
+        layers=6,
+        attention=Attention(heads=3, head_dim=64),
+        pattern=(DenseFeedForward(hidden=704),),
+        compute_dtype="bfloat16",
     )
+    optimizer = AdamW(learning_rate=4e-3, schedule=WarmupStableDecay(warmup_steps=20, decay_fraction=0.5))
     population = Population(seeds=(0, 1, 2, 3), learning_rate_multipliers=(0.5, 1.0))
     data = dataclasses.replace(base.data, sequence_length=256, batch_size=4)
-    return dataclasses.replace(base, name="population_small", model=model, data=data, population=population)
+    return dataclasses.replace(
+        base, name="population_small", model=model, data=data, optimizer=optimizer, population=population
+    )
 
 
 RECIPES = (population_small,)

@@ -10,7 +10,7 @@ from sparse_lm.routing.experts import MoEFeedForward
 from sparse_lm.routing.top_k import TopKRouter
 from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.metrics import LogConfig
-from sparse_lm.train.optimizer import AdamW
+from sparse_lm.train.muon import Muon
 from sparse_lm.train.schedule import WarmupStableDecay
 from sparse_lm.train.step import Train
 from sparse_lm.train.validation import Validation
@@ -23,19 +23,23 @@ def quickstart() -> Recipe:
     """
     return Recipe(
         name="quickstart",
-        data=DataConfig(sources=(Packaged(),), tokenizer=BPE(vocab_size=4096), sequence_length=256, batch_size=8),
+        data=DataConfig(sources=(Packaged(),), tokenizer=BPE(vocab_size=4096), sequence_length=128, batch_size=16),
         model=Model(
             vocab_size=4096,
-            d_model=192,
-            layers=4,
-            attention=Attention(heads=3, head_dim=64),
-            pattern=(MoEFeedForward(experts=8, hidden=256, router=TopKRouter(k=2)),),
+            d_model=128,
+            layers=3,
+            attention=Attention(heads=2, head_dim=64),
+            pattern=(MoEFeedForward(experts=8, hidden=128, router=TopKRouter(k=2)),),
             tied_embeddings=True,
         ),
-        optimizer=AdamW(learning_rate=4e-3, schedule=WarmupStableDecay(warmup_steps=20, decay_fraction=0.5)),
-        train=Train(steps=350),
-        validation=Validation(every=175, tokens_per_domain=8192),
-        checkpoint=Checkpoints(every=175),
+        optimizer=Muon(
+            learning_rate=0.016,
+            precision="float32",
+            schedule=WarmupStableDecay(warmup_steps=40, decay_fraction=0.5),
+        ),
+        train=Train(steps=760),
+        validation=Validation(every=380, tokens_per_domain=8192, overlap=64),
+        checkpoint=Checkpoints(every=380),
         log=LogConfig(log_every=20),
     )
 

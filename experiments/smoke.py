@@ -16,6 +16,7 @@ SMALL: dict[str, Any] = {
     "kv_heads": 0,
     "head_dim": 32,
     "sequence_length": 64,
+    "overlap": 32,
     "batch_size": 8,
     "microbatches": 1,
     "steps": 6,
