@@ -67,7 +67,7 @@ def moe_v3() -> Recipe:
         vocab_size=129280,
         d_model=7168,
         layers=61,
-        attention=Attention(heads=128, kv_heads=8, head_dim=128, qk_norm=False),
+        attention=Attention(heads=128, kv_heads=16, head_dim=128, qk_norm=False),
         leading=(DenseFeedForward(hidden=18432),) * 3,
         pattern=(MoEFeedForward(experts=256, hidden=2048, shared_hidden=2048, receive_factor=1.5, router=router),),
     )

@@ -1,7 +1,7 @@
 """Says what a recipe will take before it runs: python scripts/plan.py RECIPE [--devices N] [--compile] [--mesh.fsdp 2 ...].
 
 With --topology v5p:8x8x8 (v5e, v6e) the step is compiled ahead of time for that TPU slice, which need not be there; with h100:64 or
-h200:64 it is lowered for GPUs.
+h200:64 it is lowered for GPUs. With several topologies, separated by commas, every device keeps its sequences: weak scaling.
 """
 
 import sys
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from experiments import command_line
 from sparse_lm.accounting import FORMULA
-from sparse_lm.ahead import Ahead, look_ahead
+from sparse_lm.ahead import Ahead, exponent, weak_scaling
 from sparse_lm.evaluate.finish import output
 from sparse_lm.parallel.topology import topology
 from sparse_lm.plan import PARTS, Compiled, Plan, compile_here, device_count, make_plan
@@ -42,13 +42,13 @@ def main() -> int:
     )
     recipe, options = command_line.read_recipe(__doc__, arguments)
     if options.topology:
-        command_line.or_exit(lambda: topology(options.topology))
-        ahead = command_line.or_exit(
-            lambda: look_ahead(recipe, topology(options.topology), kernels_required=options.require_kernels)
-        )
+        topologies = command_line.or_exit(lambda: [topology(name) for name in options.topology.split(",")])
+        plans = command_line.or_exit(lambda: weak_scaling(recipe, topologies, kernels_required=options.require_kernels))
         console = output()
-        show(ahead.plan, console)
-        show_ahead(ahead, console)
+        show(plans[-1].plan, console)
+        show_ahead(plans[-1], console)
+        if len(plans) > 1:
+            show_weak_scaling(plans, console)
         return 0
     devices = device_count(recipe.mesh, jax.device_count()) if options.devices is None else options.devices
     if devices < 1:
@@ -173,6 +173,22 @@ def show_ahead(ahead: Ahead, console: Console) -> None:
         f"{seconds['worst']:.3g} s (nothing hidden: MFU {useful / seconds['worst']:.0%}), at the peak rates of the data sheet",
         soft_wrap=True,
     )
+
+
+def show_weak_scaling(plans: list[Ahead], console: Console) -> None:
+    """Prints how what a device sends grows with the number of devices."""
+    table = Table(title="Weak scaling: every device keeps its sequences", title_justify="left")
+    for name in ("topology", "devices", "mesh", "sent by a device", "against the first", "step at best", "at worst"):
+        table.add_column(name, justify="left" if name in ("topology", "mesh") else "right")
+    for plan in plans:
+        mesh = ", ".join(f"{axis} {size}" for axis, size in plan.plan.mesh.items() if size > 1)
+        ratio, seconds = plan.sent_bytes / plans[0].sent_bytes, plan.seconds()
+        times = [f"{seconds[key]:.3g} s" for key in ("best", "worst")]
+        table.add_row(
+            plan.topology.name, f"{plan.plan.devices:,}", mesh, size_text(plan.sent_bytes), f"{ratio:.3f}", *times
+        )
+    console.print(table)
+    console.print(f"bytes sent by a device grow with devices ** {exponent(plans):.4f}")
 
 
 def size_text(size: float) -> str:

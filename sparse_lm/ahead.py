@@ -11,10 +11,13 @@ hidden that can be, a step takes max(compute, exchange) + state; with nothing hi
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from pallas_kernels.backend import assume_device_kind, backend_report, clear_choices
+from sparse_lm.config import override
 from sparse_lm.layers.feed_forward import DenseFeedForward
 from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.parallel import rules
@@ -122,6 +125,21 @@ def look_ahead(recipe: Recipe, topology: Topology, *, kernels_required: bool = F
             f"{recipe.name} on {topology.name}: the program has no custom kernel; {backend_report(chip.platform)}"
         )
     return Ahead(plan, topology, found, tuple(sent), present, backend_report(chip.platform))
+
+
+def weak_scaling(recipe: Recipe, topologies: Sequence[Topology], **options: bool) -> list[Ahead]:
+    """Plans a recipe on topologies of growing size, every device with as many sequences as on the first."""
+    found = []
+    for target in topologies:
+        rows = recipe.data.batch_size * target.devices // topologies[0].devices
+        found.append(look_ahead(override(recipe, "data.batch_size", rows), target, **options))
+    return found
+
+
+def exponent(plans: Sequence[Ahead]) -> float:
+    """Returns the slope of log(bytes that a device sends in a step) over log(devices); 0 is perfect weak scaling."""
+    devices = np.log([plan.plan.devices for plan in plans])
+    return float(np.polyfit(devices, np.log([plan.sent_bytes for plan in plans]), 1)[0])
 
 
 def partitioner_collectives(session: Session, plan: Plan) -> list[Collective]:

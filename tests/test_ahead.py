@@ -1,11 +1,12 @@
 """Plans for machines that are not there: what the program sends, by hand; the real step through libtpu among the slow tests."""
 
 import dataclasses
+import math
 
 import pytest
 import tiny
 
-from sparse_lm.ahead import KernelsMissing, look_ahead
+from sparse_lm.ahead import KernelsMissing, exponent, look_ahead, weak_scaling
 from sparse_lm.config import ConfigError
 from sparse_lm.layers.feed_forward import DenseFeedForward
 from sparse_lm.model.attention import Attention
@@ -37,6 +38,17 @@ def test_what_a_routed_step_sends_on_gpus(tmp_path) -> None:
     assert seconds["best"] == max(seconds["compute"], seconds["exchange"]) + seconds["state"] < seconds["worst"]
     # Eight devices are one machine: everything at NVLink's rate.
     assert seconds["exchange"] == pytest.approx(ahead.sent_bytes / 450e9)
+
+
+def test_bytes_of_fsdp_and_data_do_not_grow_with_the_devices(tmp_path) -> None:
+    """Weak scaling from 64 to 4096 devices, the parameters over 16 of them and replicated over the rest."""
+    recipe = tiny.recipe(tmp_path, data__batch_size=64, model__execution="scanned")
+    recipe = dataclasses.replace(recipe, mesh=MeshShape(data=-1, fsdp=16))
+    plans = weak_scaling(recipe, [topology(f"h100:{devices}") for devices in (64, 4096)])
+    assert [plan.plan.mesh["data"] for plan in plans] == [4, 256]
+    assert plans[1].sent_bytes == pytest.approx(plans[0].sent_bytes, rel=0.1)
+    # two points: the slope is log(ratio) / log(64)
+    assert exponent(plans) == pytest.approx(math.log(plans[1].sent_bytes / plans[0].sent_bytes) / math.log(64))
 
 
 def test_missing_kernels_are_an_error_when_asked_for(tmp_path) -> None:
