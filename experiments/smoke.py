@@ -26,6 +26,7 @@ SMALL: dict[str, Any] = {
     "log_every": 1,
     "experts": 4,
     "k": 2,
+    "rows": 1000,
 }
 """Upper bounds by field name, wherever the field occurs."""
 
@@ -39,6 +40,8 @@ def shrink(config: Any) -> Any:
             changes[field.name] = shrink(value)
         elif isinstance(value, tuple) and value and isinstance(value[0], Config):
             changes[field.name] = tuple(shrink(item) for item in value)
+        elif field.name == "at":
+            changes[field.name] = tuple(block for block in value if block < SMALL["layers"]) or (0,)
         elif field.name == "documents_per_domain":
             changes[field.name] = SMALL[field.name]
         elif field.name in SMALL and isinstance(value, int):

@@ -1,7 +1,8 @@
 """Benchmarks: `kernels` times kernels against dense products and other libraries, `tune` finds tilings, `train` times a recipe,
-`checkpoint` times saves and restores, `scaling` compares all devices with one.
+`memory` times tables of several sizes, `checkpoint` saves and restores, `scaling` compares all devices with one.
 
 python scripts/benchmark.py train dense_400m --loop-steps 60 --json docs/benchmarks/training.json
+python scripts/benchmark.py memory quickstart --with memory=engram --with row_optimizer=row_adagrad
 python scripts/benchmark.py scaling dense_1b --json docs/benchmarks/scaling.json
 python scripts/benchmark.py kernels --op block_sparse --json docs/benchmarks/block_sparse_h100.json --picture docs/benchmarks/block_sparse_h100.png
 python scripts/benchmark.py kernels --op grouped --json docs/benchmarks/grouped_h100.json --picture docs/benchmarks/grouped_h100.png
@@ -127,6 +128,25 @@ def scaling(arguments: list[str]) -> int:
     return run(recipe, options.repeats, pathlib.Path(options.json) if options.json else None)
 
 
+def memory(arguments: list[str]) -> None:
+    """Times the step of a recipe with a memory for tables of several sizes, and hashing."""
+    from experiments import command_line
+    from sparse_lm.train import memory_benchmark
+
+    sys.argv = [f"{sys.argv[0]} memory", *arguments]
+    description = "Times a memory on this machine."
+    parser = command_line.parser(description)
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000], help="rows of a table"
+    )
+    parser.add_argument("--repeats", type=int, default=10, help="timed steps")
+    parser.add_argument("--json", help="write the numbers to this file")
+    recipe, options = command_line.read_recipe(description, parser)
+    found = memory_benchmark.measure(recipe, options.sizes, repeats=options.repeats)
+    if options.json:
+        pathlib.Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs one subcommand; each imports what it needs only then."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,11 +174,14 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--json", help="write the numbers to this file")
     command.set_defaults(function=checkpoints)
     commands.add_parser("scaling", help=scaling.__doc__, add_help=False)
+    commands.add_parser("memory", help=memory.__doc__, add_help=False)
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["scaling"]:
         sys.exit(scaling(arguments[1:]))
     if arguments[:1] == ["train"]:
         return training(arguments[1:])
+    if arguments[:1] == ["memory"]:
+        return memory(arguments[1:])
     options = parser.parse_args(arguments)
     # PyTorch shares the GPU with JAX here, so JAX must not take most of its memory at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -6,9 +6,10 @@ import sys
 from typing import Any
 
 from experiments import command_line
-from sparse_lm.evaluate import finish
+from sparse_lm.evaluate import finish, memory
 from sparse_lm.evaluate.compression import PRIMING_BYTES
 from sparse_lm.evaluate.load import open_run
+from sparse_lm.evaluate.perplexity import chosen_domains
 from sparse_lm.recipe import load_recipe
 from sparse_lm.train.checkpoint import CheckpointError
 
@@ -30,6 +31,11 @@ def main() -> int:
         default=PRIMING_BYTES / 1e6,
         help="most training text of a domain, in MB, that primes xz (default %(default)g; 0: leave primed xz out)",
     )
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="instead: loss with the memory's rows and with zeros, by n-gram frequency, and how full its tables are",
+    )
     options = parser.parse_args()
     for name in ("max_tokens", "batch_size"):
         if (value := getattr(options, name)) is not None and value < 1:
@@ -40,6 +46,10 @@ def main() -> int:
         loaded = open_run(options.run, step=options.step)
         if options.member is not None:
             loaded = loaded.member(options.member)
+        if options.memory:
+            names = chosen_domains(loaded, options.domain)
+            size = options.batch_size or loaded.recipe.validation.batch_size
+            return memory.evaluate_memory(loaded, names, batch_size=size, max_tokens=options.max_tokens)
         return finish.evaluate(
             loaded,
             options.domain,
@@ -49,6 +59,11 @@ def main() -> int:
         )
 
     evaluation = command_line.or_exit(run, CheckpointError, FileNotFoundError)
+    if options.memory:
+        finish.write_json(options.run / "memory.json", evaluation)
+        print("\n".join(memory.summary(evaluation)))
+        print(f"Written to {options.run / 'memory.json'}")
+        return 0
     finish.write_json(options.run / "evaluation.json", evaluation)
     finish.show(evaluation, finish.output())
     print(f"Written to {options.run / 'evaluation.json'}")

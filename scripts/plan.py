@@ -24,6 +24,7 @@ HEADINGS = {
     "opt_state": "optimizer",
     "ema": "average",
     "model_state": "model state",
+    "tables": "tables",
 }
 
 

@@ -139,6 +139,12 @@ def account(
         for component, (parameters, active, flops) in lines.items():
             add(component, parameters, part * active, part * flops)
         add("norms", 2 * d_model, part * 2 * d_model, 0.0)
+    for block in model.memory.blocks:
+        parameters, flops = model.memory.cost(block, d_model)
+        add("memory", parameters, parameters, flops)
+    for table in model.memory.tables().values():
+        # A token reads one row of each head and computes nothing with the others.
+        add("memory_rows", table.rows * table.width, len(table.primes) * table.width, 0.0)
     add("attention_scores", 0, 0, scores)
     add("norms", d_model, d_model, 0.0)
     head = 0 if model.tied_embeddings else vocabulary * d_model

@@ -37,6 +37,22 @@ TABLE: dict[str, dict[str, str]] = {
         "mixture_of_depths": "sparse_lm.model.depth:MixtureOfDepths",
         "adaptive": "sparse_lm.model.depth:AdaptiveDepth",
     },
+    "memory": {
+        "none": "sparse_lm.memory.memory:NoMemory",
+        "engram": "sparse_lm.memory.engram:Engram",
+        "engram_ungated": "sparse_lm.memory.variants:Ungated",
+        "engram_uncompressed": "sparse_lm.memory.variants:Uncompressed",
+        "engram_bigram": "sparse_lm.memory.variants:Bigram",
+        "engram_unigram": "sparse_lm.memory.variants:Unigram",
+        "engram_shuffled": "sparse_lm.memory.variants:Shuffled",
+        "ngram_embedding": "sparse_lm.memory.ngram_embedding:NgramEmbedding",
+    },
+    "row_optimizer": {
+        "touch_adam": "sparse_lm.memory.row_optimizer:TouchAdam",
+        "lazy_adam": "sparse_lm.memory.row_optimizer:LazyAdam",
+        "row_adagrad": "sparse_lm.memory.row_optimizer:RowAdagrad",
+        "row_sgd": "sparse_lm.memory.row_optimizer:RowSGD",
+    },
     "projection": {
         "dense": "sparse_lm.layers.projection:DenseProjection",
     },

@@ -26,8 +26,9 @@ from sparse_lm.recipe import Recipe
 from sparse_lm.train.session import Session, open_session
 from sparse_lm.train.validation import MODEL_ARRAYS
 
-PARTS = ("params", "gradients", "opt_state", "ema", "model_state")
-"""What a component holds on a device through a step; gradients are as large as the parameters."""
+PARTS = ("params", "gradients", "opt_state", "ema", "model_state", "tables")
+"""What a component holds on a device through a step; gradients are as large as the parameters, those of
+tables as the rows that a step reads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +141,8 @@ def component_of(path: str, dims: tuple[str, ...]) -> str:
     parts = path.split(".")
     if parts[0] in ("embedding", "head"):
         return parts[0]
+    if parts[0] == "memory":
+        return "memory"
     if parts[0] != "blocks":
         return "norms"
     layer = parts[2]
@@ -157,7 +160,8 @@ def component_of(path: str, dims: tuple[str, ...]) -> str:
 def shard_bytes(leaf: Any, dims: tuple[str, ...], mesh: Any) -> int:
     """Returns the bytes of one device's shard of an abstract array."""
     spec = rules.spec_of(dims, leaf.shape, mesh)
-    pieces = math.prod(mesh.shape[axis] for axis in spec if axis is not None)
+    axes = [axis for entry in spec if entry is not None for axis in ((entry,) if isinstance(entry, str) else entry)]
+    pieces = math.prod(mesh.shape[axis] for axis in axes)
     return math.prod(leaf.shape) * leaf.dtype.itemsize // pieces
 
 
@@ -184,6 +188,11 @@ def state_bytes(session: Session, mesh: Any) -> dict[str, dict[str, int]]:
                 line["gradients"] += size
 
         map_leaves(add, getattr(session.dims, part), getattr(session.abstract, part))
+
+    def add_table(path: str, dims: tuple[str, ...], leaf: Any) -> None:
+        lines["memory_rows"]["tables"] += shard_bytes(leaf, dims, mesh)
+
+    map_leaves(add_table, session.dims.tables, session.abstract.tables)
     return dict(lines)
 
 
@@ -210,12 +219,21 @@ def _residual_bytes(definition: Definition, rows: int, length: int) -> int:
         for tree in (definition.shapes, definition.state_shapes)
     )
 
-    def residuals(params: Any, state: Any, batch: Any) -> Any:
+    looked_up = {
+        name: jax.ShapeDtypeStruct((rows, length, len(table.primes) * table.width), table.dtype)
+        for name, table in definition.config.memory.tables().items()
+    }
+
+    def residuals(params: Any, state: Any, batch: Any, looked_up: Any) -> Any:
         units = definition.units(batch)
-        _, pullback, _ = jax.vjp(lambda p: definition.objective(p, state, batch, units, None), params, has_aux=True)
+
+        def objective(params: Any, looked_up: Any) -> Any:
+            return definition.objective(params, state, batch, units, None, looked_up)
+
+        _, pullback, _ = jax.vjp(objective, params, looked_up, has_aux=True)
         return pullback
 
-    kept = jax.tree.leaves(jax.eval_shape(residuals, params, state, batch))
+    kept = jax.tree.leaves(jax.eval_shape(residuals, params, state, batch, looked_up))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kept)
 
 

@@ -8,6 +8,7 @@ import tiny
 from sparse_lm.accounting import account, mean_keys
 from sparse_lm.layers import projection
 from sparse_lm.layers.feed_forward import DenseFeedForward
+from sparse_lm.memory.engram import Engram
 from sparse_lm.model.attention import Attention
 from sparse_lm.model.definition import define
 from sparse_lm.model.transformer import Model
@@ -62,6 +63,21 @@ def test_a_routed_layer_by_hand():
     assert rows["head"][1:4] == (0, 64000, 128000)
     assert rows["attention"].parameters == 4 * 64 * 64
     assert account(model, 128).parameters == 64000 + 16384 + 73728 + 512 + 6144 + 192
+
+
+def test_a_memory_by_hand():
+    """D 64, two orders of 2 heads, 8 wide each, so X = 16 and rows of 4; heads of 101, 103, 107 and 109 rows; 4 taps."""
+    model = Model(d_model=64, layers=2, memory=Engram(at=(1,), heads=2, width=8, rows=100))
+    rows = {row.component: row for row in account(model, 128).rows}
+    # key and value 16 x 64 each; norms of key, hidden state and convolution input, and 4 taps: 7 x 64.
+    assert rows["memory"].parameters == 2 * 1024 + 7 * 64
+    # Two products, the score of the gate 2 x 64, the taps 2 x 4 x 64.
+    assert rows["memory"].flops_per_token == 2 * 2 * 1024 + 128 + 512
+    # 420 rows, held as 512; a token reads 4 of 4 numbers and computes nothing.
+    assert rows["memory_rows"] == ("memory_rows", 512 * 4, 16, 0.0, 4 * 512 * 4)
+    params = jax.eval_shape(define(model).initial_params, jax.random.key(0))
+    assert account(model, 128).parameters == sum(leaf.size for leaf in jax.tree.leaves(params)) + 2048
+    assert account(model, 128).parameters == define(model).parameters()
 
 
 def test_keys_seen_by_a_query():

@@ -11,6 +11,9 @@ from sparse_lm.components import lookup
 from sparse_lm.config import Config, ConfigError, override, validate
 from sparse_lm.layers.feed_forward import DenseFeedForward
 from sparse_lm.layers.parametrization import MuP, PathDensity, SparseMuP
+from sparse_lm.memory.engram import Engram
+from sparse_lm.memory.ngram_embedding import NgramEmbedding
+from sparse_lm.memory.row_optimizer import LazyAdam, RowAdagrad
 from sparse_lm.model.depth import MixtureOfDepths
 from sparse_lm.model.transformer import Model
 from sparse_lm.parallel.mesh import MeshShape
@@ -58,6 +61,18 @@ BAD: list[tuple[dict[str, Any], str, Any, str]] = [
         (1.0, NAN),
         "finite",
     ),
+    # memory
+    ({"model.memory": Engram(at=(4,))}, "model.memory.at", (4,), "blocks below layers (4)"),
+    ({"model.memory": Engram(at=())}, "model.memory.at", (), "ascending block numbers"),
+    ({"model.memory": Engram(at=(2, 1))}, "model.memory.at", (2, 1), "ascending block numbers"),
+    ({"model.memory": Engram(orders=(3, 2))}, "model.memory.orders", (3, 2), "ascending lengths from 1"),
+    ({"model.memory": Engram(width=100)}, "model.memory.width", 100, "a multiple of heads (8)"),
+    ({"model.memory": Engram(rows=200_000_000)}, "model.memory.rows", 200_000_000, "counted in 31 bits"),
+    ({"model.memory": Engram(gate="tanh")}, "model.memory.gate", "tanh", "Literal['sigmoid', 'signed_root', 'none']"),
+    ({"model.memory": Engram(taps=17)}, "model.memory.taps", 17, "0 to 16"),
+    ({"model.memory": NgramEmbedding(at=(1,))}, "model.memory.at", (1,), "(0,)"),
+    ({"model.memory": Engram(optimizer=LazyAdam(beta2=1.0))}, "model.memory.optimizer.beta2", 1.0, "0 to below 1"),
+    ({"model.memory": Engram(optimizer=RowAdagrad(epsilon=0.0))}, "model.memory.optimizer.epsilon", 0.0, "above 0"),
     # data
     ({"data.sources": ()}, "data.sources", (), "at least one source"),
     ({"data.sources.0.weight": 0.0}, "data.sources.0.weight", 0.0, "a positive finite number"),

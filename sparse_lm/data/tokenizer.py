@@ -46,6 +46,10 @@ class Encoder:
         """Returns the text of ids; special ids are skipped, broken UTF-8 is replaced."""
         raise NotImplementedError
 
+    def token_names(self) -> list[str]:
+        """Returns a name of every id that no other id has."""
+        return [f"<{i}>" for i in range(self.vocab_size)]
+
     def ids_of(self, symbols: Sequence[str]) -> np.ndarray | None:
         """Returns the id of each planted symbol, or None when symbols are not single tokens of this vocabulary."""
         return None
@@ -145,6 +149,10 @@ class SubwordEncoder(Encoder):
             self.token_bytes_V[i] = len(piece)
             if self._bytes is not None:
                 self._bytes[i] = piece
+
+    def token_names(self) -> list[str]:
+        names = (self._tokenizer.id_to_token(i) for i in range(self.vocab_size))
+        return [f"<{i}>" if name is None else name for i, name in enumerate(names)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

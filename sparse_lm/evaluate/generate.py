@@ -19,6 +19,7 @@ import numpy as np
 
 from sparse_lm.data.tokenizer import Encoder
 from sparse_lm.layers.feed_forward import TokenInfo
+from sparse_lm.model.attention import Cache
 from sparse_lm.model.definition import Definition
 from sparse_lm.model.transformer import empty_cache
 
@@ -115,7 +116,10 @@ def prefill(
     valid_BL = jnp.broadcast_to((positions_L < shortest).astype(jnp.int32), (batch, bucket))
     info = TokenInfo(tokens_BC[:, :bucket], jnp.broadcast_to(positions_L, (batch, bucket)), valid_BL, None)
     logits_BLV, cache = definition.logits(params, model_state, info, empty_cache(definition.config, batch, length))
-    cache = {name: c._replace(length=jnp.full_like(c.length, shortest)) for name, c in cache.items()}
+    cache = {
+        name: c._replace(length=jnp.full_like(c.length, shortest)) if isinstance(c, Cache) else c
+        for name, c in cache.items()
+    }
     last_BV = jax.lax.dynamic_index_in_dim(logits_BLV, shortest - 1, axis=1, keepdims=False)
     return Decoding(tokens_BC, last_BV, cache, jnp.asarray(shortest, jnp.int32), jnp.zeros((batch,), bool))
 

@@ -9,11 +9,12 @@ import numpy as np
 
 from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.pipeline import prepare
-from sparse_lm.model.definition import Definition, define
+from sparse_lm.model.definition import Definition, define, with_classes
 from sparse_lm.recipe import Recipe, load_recipe
 from sparse_lm.train.checkpoint import CheckpointError, checkpoint_directory, read_checkpoint
 from sparse_lm.train.population import Population
-from sparse_lm.train.state import stack
+from sparse_lm.train.session import check_addresses
+from sparse_lm.train.state import stack, with_tables
 
 Tree = dict[str, Any]
 
@@ -29,7 +30,7 @@ class Loaded:
       definition: its abstract model.
       step: finished steps of the checkpoint.
       params: nested dict of parameters in the model's layout; their moving average when the run kept one.
-      model_state: nested dict of model state.
+      model_state: nested dict of model state, and of the addresses and rows of a memory's tables.
       population: the members that `params` holds (a leading dimension of every leaf), inactive for a single model.
       averaged: whether `params` is the moving average.
     """
@@ -77,17 +78,20 @@ def open_run(run_dir: pathlib.Path, *, step: int | None = None) -> Loaded:
     """
     recipe = load_recipe(run_dir)
     directory = checkpoint_directory(run_dir, recipe.checkpoint)
-    source = read_checkpoint(directory, step, without=("opt_state", "tables"))
+    source = read_checkpoint(directory, step, without=("opt_state", "tables.slots"))
     averaged = bool(source.state.get("ema"))
     tree = source.state.pop("ema" if averaged else "params")
     model_state = source.state.get("model_state", {})
+    tables = source.state.get("tables", {})
     source.state.clear()
-    definition = define(recipe.model)
+    dataset = prepare(recipe.data, report=lambda line: None)
+    definition = with_classes(define(recipe.model), dataset.tokenizer)
     axis = 1 if recipe.population.active else 0
     origin = f"checkpoint {source.step} in {directory}"
     params = _stacked(tree, definition.shapes, axis, origin)
     state = _stacked(model_state, definition.state_shapes, axis, origin)
-    dataset = prepare(recipe.data, report=lambda line: None)
+    check_addresses(definition, tables, origin)
+    state = with_tables(state, tables)
     return Loaded(run_dir, recipe, dataset, definition, source.step, params, state, recipe.population, averaged)
 
 

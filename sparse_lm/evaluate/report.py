@@ -102,10 +102,10 @@ class Run:
         """One value of each training row, averaged over members; not a number where there is none."""
         return np.array([number(mean(row.get(key))) for row in self.train])
 
-    def per_layer(self, measure: str) -> dict[str, np.ndarray]:
-        """Values of "router/LAYER/measure" of all training rows, averaged over members: layer -> [rows] or [rows, experts]."""
+    def per_layer(self, measure: str, part: str = "router") -> dict[str, np.ndarray]:
+        """Values of "PART/LAYER/measure" of all training rows, averaged over members: layer -> [rows] or [rows, experts]."""
         rows = [flat(row) for row in self.train]
-        names = {key for row in rows for key in row if key.startswith("router/") and key.endswith(f"/{measure}")}
+        names = {key for row in rows for key in row if key.startswith(f"{part}/") and key.endswith(f"/{measure}")}
         found = {}
         for key in sorted(names, key=natural):
             width = next(np.shape(row[key]) for row in rows if row.get(key) is not None)
@@ -113,7 +113,7 @@ class Run:
             values = np.array([empty if row.get(key) is None else np.array(row[key], np.float64) for row in rows])
             if self.members > 1:
                 values = average(values, 1)
-            found[key.removeprefix("router/").removesuffix(f"/{measure}")] = values
+            found[key.removeprefix(f"{part}/").removesuffix(f"/{measure}")] = values
         return found
 
 
@@ -345,6 +345,18 @@ def routing(run: Run) -> str:
     )
 
 
+def memory(run: Run) -> str:
+    """How far the gates of memory layers open, over time."""
+    gates = run.per_layer("gate", "memory")
+    if not gates:
+        return ""
+    steps = np.array([row["step"] for row in run.train])
+    lines = [(values, draw.blend(i, 100)) for i, values in enumerate(gates.values())]
+    panel = draw.line("memory-gate", "Mean gate of the memory layers", steps, lines, "{:.2f}".format, from_zero=True)
+    legend = [(name, draw.series_colour(i), "line") for i, name in enumerate(gates)] if len(gates) > 1 else []
+    return page.figures([page.figure(panel)]) + page.keys(legend)
+
+
 def speed(run: Run) -> str:
     """Throughput, waiting for data, MFU."""
     if not run.train or not np.isfinite(run.series("tokens_per_s")).any():
@@ -455,6 +467,7 @@ SECTIONS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("Samples", samples),
     ("Learning", learning),
     ("Experts", routing),
+    ("Memory", memory),
     ("Speed", speed),
     ("Parameters and operations", parts),
     ("Data", text_learnt),

@@ -14,7 +14,7 @@ from sparse_lm.layers.parameter import RUN_KEY, Dims
 Tree = dict[Any, Any]
 Role = Literal["vector", "embedding", "head", "router", "matrix"]
 
-BATCH_DIMS = ("layers", "experts")
+BATCH_DIMS = ("layers", "experts", "tap", "branch")
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -53,7 +53,7 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def core_dims(dims: Dims) -> Dims:
-    """Returns the dims of one parameter: those after the leading batch dims (layers, experts)."""
+    """Returns the dims of one parameter: those after the leading batch dims (layers, experts, taps of a convolution, branches)."""
     start = 0
     while start < len(dims) and dims[start] in BATCH_DIMS:
         start += 1

@@ -16,9 +16,12 @@ from jax.sharding import AbstractMesh
 from sparse_lm.layers.feed_forward import Aux, TokenInfo
 from sparse_lm.layers.parameter import RUN_KEY, map_leaves, materialize
 from sparse_lm.layers.parametrization import initial_scales
+from sparse_lm.memory.compression import TokenClasses, Tokens, compressed
+from sparse_lm.memory.hashing import Hash
+from sparse_lm.memory.memory import fetch, initial_tables, table_dims, update_tables
 from sparse_lm.model import loss
 from sparse_lm.model.cudnn_attention import documents_bucket
-from sparse_lm.model.transformer import Cache, Model, Transformer
+from sparse_lm.model.transformer import MEMORY, Model, Transformer
 from sparse_lm.routing.router import ModelState
 
 Tree = dict[str, Any]
@@ -41,6 +44,7 @@ class Definition:
       state_dims: nested dict of its logical dims.
       state_values: nested dict of the value that fills each leaf of it at first.
       mesh: what its functions are spread over; None: one device.
+      classes: what a memory's n-grams are made of; None: token ids.
     """
 
     config: Model
@@ -53,16 +57,17 @@ class Definition:
     state_dims: Tree
     state_values: Tree
     mesh: AbstractMesh | None = None
+    classes: TokenClasses | None = None
 
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """Makes the mesh known to everything traced inside; see `parallel.mesh.current`."""
         return jax.sharding.use_abstract_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
     def parameters(self) -> int:
-        """Returns the number of parameters: the leaf count of the real tree."""
-        return sum(
-            int(np.prod(shape)) for shape in jax.tree.leaves(self.shapes, is_leaf=lambda s: isinstance(s, tuple))
-        )
+        """Returns the number of parameters: the leaf count of the real tree, rows of tables included."""
+        shapes = jax.tree.leaves(self.shapes, is_leaf=lambda s: isinstance(s, tuple))
+        tables = self.config.memory.tables().values()
+        return sum(int(np.prod(shape)) for shape in shapes) + sum(table.rows * table.width for table in tables)
 
     def initial_params(self, key: jax.Array, shardings: Tree | None = None) -> Tree:
         """Draws the parameters, float32; [P] keys draw those of a population. See `parameter.materialize`."""
@@ -75,13 +80,54 @@ class Definition:
             lambda _, shape, value: jnp.full(shape, value, jnp.float32), self.state_shapes, self.state_values
         )
 
-    def hidden(
-        self, params: Tree, model_state: Tree, info: TokenInfo, cache: dict[str, Cache] | None = None
-    ) -> tuple[jax.Array, jax.Array, Aux, dict[str, Cache] | None]:
-        """Returns (final hidden states [B, L, D], head [D, V] float32, Aux, updated cache)."""
-        model = nnx.merge(self.graph, params, model_state)
+    def initial_tables(self, key: jax.Array) -> Tree:
+        """Returns the memory's tables with their hashes and optimizer slots; {} without memory."""
+        return initial_tables(self.config.memory, self.hashes(), key)
+
+    def hashes(self) -> dict[str, Hash]:
+        """Returns the hash of every table of the memory, derived anew."""
+        return self.config.memory.hashes(self.config.vocab_size, self.classes)
+
+    def table_dims(self) -> Tree:
+        """Returns the logical dims of the tables."""
+        return table_dims(self.config.memory)
+
+    def fetch(self, tables: Tree, info: TokenInfo, cache: Tree | None = None) -> tuple[Tree, Tree]:
+        """Returns ({table: rows [B, L, X]}, {table: addresses [B, L, H]}) of tokens; {} without memory."""
+        history = cache["memory"] if cache is not None and "memory" in cache else None
         with self.on_mesh():
-            h_BLD, aux, cache = model(info, cache)
+            return fetch(self.config.memory, tables, info.tokens_BL, info.segments_BL, info.positions_BL, history)
+
+    def update_tables(
+        self, tables: Tree, address: Tree, grads: Tree, rate: jax.Array, step: jax.Array, keep: jax.Array
+    ) -> Tree:
+        """Returns the tables after a step; see `memory.update_tables`."""
+        with self.on_mesh():
+            return update_tables(self.config.memory, tables, address, grads, rate, step, keep)
+
+    def hidden(
+        self,
+        params: Tree,
+        model_state: Tree,
+        info: TokenInfo,
+        cache: Tree | None = None,
+        rows: Tree | None = None,
+    ) -> tuple[jax.Array, jax.Array, Aux, Tree | None]:
+        """Returns (final hidden states [B, L, D], head [D, V] float32, Aux, updated cache).
+
+        Args:
+          params: parameters.
+          model_state: model state; outside training also the tables (`TrainState.inference_state`).
+          info: the tokens.
+          cache: of decoding.
+          rows: the memory's rows of the tokens, in training; None: they are looked up in the model state's tables.
+        """
+        state = {name: part for name, part in model_state.items() if name != "tables"}
+        if rows is None:
+            rows, _ = self.fetch(model_state.get("tables", {}), info, cache)
+        model = nnx.merge(self.graph, params, state)
+        with self.on_mesh():
+            h_BLD, aux, cache = model(info, cache, rows)
         return h_BLD, model.head_weight(), aux, cache
 
     def logits_multiplier(self) -> float:
@@ -118,6 +164,7 @@ class Definition:
         units: dict[str, jax.Array],
         key: jax.Array | None,
         replay: Tree | None = None,
+        rows: Tree | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Computes one microbatch's share of the training objective.
 
@@ -128,18 +175,21 @@ class Definition:
           units: number of valid tokens and routing groups of the whole step: shares of microbatches then add exactly.
           key: key of this microbatch.
           replay: recorded choices of this microbatch, see `token_losses`; None: routers choose.
+          rows: see `hidden`.
 
         Returns:
           (objective, {"metrics": (sum, count) pairs, "statistics"}), all additive over microbatches.
         """
-        h_BLD, head_DV, aux, _ = self.hidden(params, model_state, token_info(batch, key, replay))
+        h_BLD, head_DV, aux, _ = self.hidden(params, model_state, token_info(batch, key, replay), rows=rows)
         mask_BL = (batch["segments_BL"] > 0).astype(jnp.float32)
         config, targets_BL = self.config, batch["targets_BL"]
         caps = config.logit_softcap, self.logits_multiplier(), config.z_coefficient
         with self.on_mesh():
             objective, entropy = loss.cross_entropy(h_BLD, head_DV, targets_BL, mask_BL, *caps)
         total = (objective + aux.objective["tokens"]) / units["tokens"] + aux.objective["groups"] / units["groups"]
-        metrics = {"loss": (entropy, jnp.sum(mask_BL)), "blocks": aux.metrics}
+        memory = {name: found for name, found in aux.metrics.items() if name.startswith(MEMORY)}
+        blocks = {name: found for name, found in aux.metrics.items() if name not in memory}
+        metrics = {"loss": (entropy, jnp.sum(mask_BL)), "blocks": blocks, "memory": memory}
         return total, {"metrics": jax.lax.stop_gradient(metrics), "statistics": jax.lax.stop_gradient(aux.statistics)}
 
     def units(self, batch: Batch) -> dict[str, jax.Array]:
@@ -165,6 +215,13 @@ def for_documents(definition: Definition, found: int) -> Definition:
         return definition
     config = dataclasses.replace(definition.config, attention=dataclasses.replace(attention, max_documents=most))
     return dataclasses.replace(define(config), mesh=definition.mesh)
+
+
+def with_classes(definition: Definition, encoder: Tokens | None) -> Definition:
+    """Returns the same model with the token classes of a tokenizer, where a memory compresses them."""
+    if encoder is None or not definition.config.memory.compressed:
+        return definition
+    return dataclasses.replace(definition, classes=compressed(encoder, definition.config.vocab_size))
 
 
 def token_info(batch: Batch, key: jax.Array | None = None, replay: Tree | None = None) -> TokenInfo:

@@ -16,19 +16,23 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparse_lm.config import Config, ConfigError, component
-from sparse_lm.layers.feed_forward import Aux, DenseFeedForward, FeedForward, TokenInfo
+from sparse_lm.layers.feed_forward import Aux, DenseFeedForward, FeedForward, TokenInfo, no_aux
 from sparse_lm.layers.norm import RMSNorm
 from sparse_lm.layers.parameter import RUN_KEY, declare
 from sparse_lm.layers.parametrization import Parametrization, Standard
+from sparse_lm.memory.memory import History, Memory, NoMemory, remember
 from sparse_lm.model.attention import Attention, Cache, rotary_angles
 from sparse_lm.model.block import Block
 from sparse_lm.model.depth import Depth, FullDepth
 from sparse_lm.model.embedding import lookup
+from sparse_lm.parallel.rules import as_tokens
 from sparse_lm.routing.exchange import PLAN, ROWS
 
 SavedName = Literal["query", "key", "value", "attention", "gate", "up", "router_plan"]
 SAVED_NAMES: tuple[SavedName, ...] = ("query", "key", "value", "attention", "gate", "up", "router_plan")
 """Names of intermediate values that remat can keep."""
+MEMORY = "memory."
+"""Prefix of a memory layer's name among the reports of the blocks."""
 NEVER_REPEATED = (PLAN, ROWS)
 """Names that every kind of remat keeps: a router's choice and rows that came from other shards."""
 
@@ -51,6 +55,8 @@ class Model(Config):
     """Feed-forwards of the remaining blocks, repeated in this order."""
     depth: Depth = component("depth", FullDepth())
     """Which tokens pass through which blocks."""
+    memory: Memory = component("memory", NoMemory())
+    """Tables addressed by n-grams, and where their rows are added."""
     tied_embeddings: bool = False
     """Use the embedding as output head."""
     logit_softcap: float | None = None
@@ -78,6 +84,8 @@ class Model(Config):
         self.require(
             len(self.leading) <= self.layers, "leading", f"at most as many feed-forwards as layers ({self.layers})"
         )
+        if self.memory.blocks and max(self.memory.blocks) >= self.layers:
+            raise ConfigError("memory.at", self.memory.blocks, f"blocks below layers ({self.layers})")
         self.require(self.logit_softcap is None or self.logit_softcap > 0, "logit_softcap", "None or above 0")
         self.require(self.z_coefficient >= 0, "z_coefficient", "0 or above")
         self.require(0 < self.norm_epsilon < 1, "norm_epsilon", "between 0 and 1")
@@ -106,11 +114,13 @@ class Model(Config):
 
     def runs(self) -> list[tuple[str, FeedForward]]:
         """Returns (name, feed-forward) of each run of blocks as held in memory: "3", or "0_to_5" for a stacked run."""
-        blocks = [(self.feed_forward_of(layer), self.depth.router_of(layer)) for layer in range(self.layers)]
+        # A memory layer stands before a block, so a run begins there.
+        memories = [sum(block <= layer for block in self.memory.blocks) for layer in range(self.layers)]
+        blocks = [(self.feed_forward_of(n), self.depth.router_of(n), memories[n]) for n in range(self.layers)]
         if self.execution == "unrolled":
-            return [(str(layer), feed_forward) for layer, (feed_forward, _) in enumerate(blocks)]
+            return [(str(layer), feed_forward) for layer, (feed_forward, *_) in enumerate(blocks)]
         runs, first = [], 0
-        for (feed_forward, _), members in itertools.groupby(blocks):
+        for (feed_forward, *_), members in itertools.groupby(blocks):
             size = len(list(members))
             runs.append((str(first) if size == 1 else f"{first}_to_{first + size - 1}", feed_forward))
             first += size
@@ -143,6 +153,9 @@ class Transformer(nnx.Module):
                 for name, forward in config.runs()
             }
         )
+        self.memory = nnx.Dict(
+            {str(block): config.memory.build(block, d_model, epsilon) for block in config.memory.blocks}
+        )
         self.final_norm = RMSNorm(d_model, epsilon=epsilon)
         self.head = None if config.tied_embeddings else declare((d_model, vocabulary), ("embed", "vocab"))
 
@@ -151,13 +164,14 @@ class Transformer(nnx.Module):
         return self.embedding[...].T if self.head is None else self.head[...]
 
     def __call__(
-        self, info: TokenInfo, cache: dict[str, Cache] | None = None
-    ) -> tuple[jax.Array, Aux, dict[str, Cache] | None]:
+        self, info: TokenInfo, cache: dict[str, Any] | None = None, rows: dict[str, jax.Array] | None = None
+    ) -> tuple[jax.Array, Aux, dict[str, Any] | None]:
         """Computes final hidden states.
 
         Args:
           info: tokens with positions and segments, [B, L]; its replay holds one entry for each run of blocks.
-          cache: keys and values by run, from `empty_cache`; None in training.
+          cache: keys and values by run and the memory's history, from `empty_cache`; None in training.
+          rows: what the memory's tables hold for these tokens, {table: [B, L, X]}.
 
         Returns:
           (hidden states [B, L, D] in the compute dtype, Aux, the updated cache).
@@ -166,8 +180,13 @@ class Transformer(nnx.Module):
         x_BLD = lookup(self.embedding[...], info.tokens_BL, config.dtype)
         angles = rotary_angles(info.positions_BL, config.attention.head_dim, config.attention.rope_theta)
         reports: dict[str, Aux] = {}
-        caches: dict[str, Cache] = {}
+        caches: dict[str, Any] = {}
+        history = cache["memory"] if cache is not None and config.memory.blocks else None
+        values: dict[str, jax.Array] = {}
         for name, block in self.blocks.items():
+            if (first := str(first_block(name))) in self.memory:
+                x_BLD, remembered = self._recall(first, x_BLD, info, (rows or {}), history)
+                reports[MEMORY + first], values[first] = remembered
             graph, state = nnx.split(block)
 
             def apply(state: Any, x_BLD: jax.Array, layer: Any, cache: Any, replay: Any, graph: Any = graph) -> Any:
@@ -191,7 +210,23 @@ class Transformer(nnx.Module):
             reports[name] = aux
             if cache is not None:
                 caches[name] = run_cache
+        if history is not None:
+            caches["memory"] = _remembered(history, info, values)
         return self.final_norm(x_BLD), _merge_reports(reports), caches if cache is not None else None
+
+    def _recall(
+        self, block: str, x_BLD: jax.Array, info: TokenInfo, rows: dict[str, jax.Array], history: History | None
+    ) -> tuple[jax.Array, tuple[Aux, jax.Array]]:
+        """Returns (x with what the memory layer before a block adds, (its report, what its convolution looks back on))."""
+        graph, state = nnx.split(self.memory[block])
+        past = None if history is None else (history.values[block], history.segments_BW)
+
+        def apply(state: Any, x_BLD: jax.Array, rows_BLX: jax.Array) -> Any:
+            return nnx.merge(graph, state)(x_BLD, rows_BLX, info.segments_BL, past)
+
+        table = self.config.memory.table_of(int(block))
+        delta_BLD, metrics, values = _with_remat(apply, self.config)(state, x_BLD, rows[table])
+        return as_tokens(x_BLD + delta_BLD), (no_aux()._replace(metrics=metrics), values)
 
 
 def _with_remat(apply: Callable, config: Model) -> Callable:
@@ -215,9 +250,24 @@ def first_block(run: str) -> int:
     return int(run.partition("_")[0])
 
 
-def empty_cache(config: Model, batch: int, length: int) -> dict[str, Cache]:
-    """Returns a cache of `length` positions for every run of blocks."""
-    attention, caches = config.attention, {}
+def _remembered(history: History, info: TokenInfo, values: dict[str, jax.Array]) -> History:
+    """Returns the history after these positions, of which those of segment 0 (at the end) were not written."""
+    written_B = jnp.sum(info.segments_BL > 0, axis=1)
+    return History(
+        remember(history.tokens_BW, info.tokens_BL, written_B),
+        remember(history.segments_BW, info.segments_BL, written_B),
+        {block: remember(past, values[block], written_B) for block, past in history.values.items()},
+    )
+
+
+def empty_cache(config: Model, batch: int, length: int) -> dict[str, Any]:
+    """Returns a cache of `length` positions for every run of blocks, and the memory's empty history."""
+    attention, caches = config.attention, dict[str, Any]()
+    if config.memory.blocks:
+        past = (batch, config.memory.history_length)
+        width = config.memory.history_width(config.d_model)
+        values = {str(block): jnp.zeros((*past, width), config.dtype) for block in config.memory.blocks}
+        caches["memory"] = History(jnp.zeros(past, jnp.int32), jnp.full(past, -1, jnp.int32), values)
     for name, _ in config.runs():
         match = RUN_KEY.match(name)
         stacked = (int(match[2]) - int(match[1]) + 1,) if match else ()

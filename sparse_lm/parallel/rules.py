@@ -1,5 +1,6 @@
 """The one table from logical dims to mesh axes, and the shardings that follow from it."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.parallel.mesh import current
 
-RULES: dict[str, str | None] = {
+RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "experts": "expert",
     "embed": "fsdp",
@@ -20,9 +21,15 @@ RULES: dict[str, str | None] = {
     "vocab": "tensor",
     "routes": None,
     "members": None,
+    "memory": None,
+    "tap": None,
+    "branch": None,
+    "rows": ("data", "fsdp", "expert", "context"),
+    "row": None,
+    "address": None,
     "key": None,
 }
-"""Logical dim -> mesh axis; None keeps the dim whole."""
+"""Logical dim -> mesh axis, or several; None keeps the dim whole. Rows of tables are split as the tokens that read them."""
 
 BATCH_AXES = ("data", "fsdp", "expert")
 """Mesh axes that split the sequences of a batch."""
@@ -30,12 +37,22 @@ BATCH_AXES = ("data", "fsdp", "expert")
 
 def spec_of(dims: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """Returns the partition of an array: each dim on its axis, whole where the axis does not divide it."""
-    axes: list[str | None] = []
+    used: set[str] = set()
+    axes: list[str | tuple[str, ...] | None] = []
     for dim, size in zip(dims, shape, strict=True):
-        axis = RULES[dim]
-        usable = axis is not None and axis not in axes and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
-        axes.append(axis if usable else None)
+        wanted = [axis for axis in axes_of(dim) if mesh.shape[axis] > 1 and axis not in used]
+        if not wanted or size % math.prod(mesh.shape[axis] for axis in wanted):
+            axes.append(None)
+            continue
+        used.update(wanted)
+        axes.append(wanted[0] if len(wanted) == 1 else tuple(wanted))
     return P(*axes)
+
+
+def axes_of(dim: str) -> tuple[str, ...]:
+    """Returns the mesh axes that a logical dim is split over."""
+    axes = RULES[dim]
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
 
 def shardings(dims: Any, shapes: Any, mesh: Mesh | AbstractMesh) -> Any:
@@ -49,9 +66,9 @@ def undivided(dims: Any, shapes: Any, mesh: Mesh | AbstractMesh) -> list[str]:
 
     def leaf(path: str, leaf_dims: tuple[str, ...], shape: tuple[int, ...]) -> None:
         for dim, size in zip(leaf_dims, shape, strict=True):
-            axis = RULES[dim]
-            if axis is not None and mesh.shape[axis] > 1 and size % mesh.shape[axis]:
-                found.append(f"{path}: {dim} = {size} is whole on {axis} = {mesh.shape[axis]}")
+            for axis in axes_of(dim):
+                if mesh.shape[axis] > 1 and size % mesh.shape[axis]:
+                    found.append(f"{path}: {dim} = {size} is whole on {axis} = {mesh.shape[axis]}")
 
     map_leaves(leaf, dims, shapes)
     return found

@@ -27,6 +27,7 @@ from orbax.checkpoint import options as orbax_options
 
 from sparse_lm.config import Config
 from sparse_lm.layers.parameter import RUN_KEY, map_leaves
+from sparse_lm.layers.tree_paths import prune
 from sparse_lm.parallel.rules import spec_of
 from sparse_lm.train import checkpoint_files
 from sparse_lm.train.state import TrainState, is_empty, unrolled
@@ -367,7 +368,7 @@ def read_checkpoint(directory: epath.PathLike, step: int | None = None, *, witho
     Args:
       directory: RUN/checkpoints.
       step: which; None: the newest that is not damaged.
-      without: parts of the state that are left on disk, such as "opt_state".
+      without: what is left on disk, by the beginning of its path, such as "opt_state" or "tables.slots".
 
     Raises:
       CheckpointError: when there is no such checkpoint, or it is damaged.
@@ -386,7 +387,8 @@ def read_checkpoint(directory: epath.PathLike, step: int | None = None, *, witho
         raise CheckpointError(f"checkpoint {step} is damaged: " + "; ".join(problems))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with _reader(directory, {}) as manager:
-        found = {name: part for name, part in _tree(manager, step).items() if name not in without}
+        left = tuple(f"{path}." for path in without)
+        found = prune(_tree(manager, step), lambda path: not f"{path}.".startswith(left))
     abstract = map_leaves(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), found)
     with _reader(directory, abstract) as manager:
         state = ocp.args.PyTreeRestore(

@@ -141,8 +141,10 @@ def upcycle(experts: Mapping[int, int], noise: float, seed: int) -> Transform:
 
 
 def parameters_only(tree: Tree) -> Tree:
-    """The transform that drops all but the parameters: a fresh optimizer, step 0."""
-    return {"params": tree["params"]}
+    """The transform that drops all but the parameters and the rows of tables: a fresh optimizer, step 0."""
+    tables = tree.get("tables", {})
+    rows = {"tables": {name: part for name, part in tables.items() if name != "slots"}} if tables else {}
+    return {"params": tree["params"], **rows}
 
 
 def transforms_of(config: StartFrom, experts: Mapping[int, int] | None = None, seed: int = 0) -> list[Transform]:
@@ -179,9 +181,13 @@ def initialize(fresh: TrainState, source: Tree, transforms: Sequence[Transform],
         source = transform(source)
     target = unrolled(fresh)
     loaded = {name: part for name, part in source.items() if name == "params" or not is_empty(part)}
+    if partial and not fresh.tables:
+        loaded.pop("tables", None)
     # A whole state must fill every part of the fresh one; an average that was not kept starts from the parameters.
     whole = "step" in loaded
     wanted = {name: part for name, part in target.items() if name in loaded or (whole and name != "ema")}
+    if "slots" not in loaded.get("tables", {"slots": {}}):
+        wanted["tables"] = {name: part for name, part in target.get("tables", {}).items() if name != "slots"}
     problems = mismatches(wanted, loaded)
     if partial:
         problems = [line for line in problems if not line.startswith("  missing")]

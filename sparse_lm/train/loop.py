@@ -26,6 +26,7 @@ from sparse_lm.config import ConfigError, to_dict, validate
 from sparse_lm.data import storage
 from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.pipeline import prepare, stream_identity, train_stream
+from sparse_lm.memory.diagnostics import memory_row
 from sparse_lm.model.cudnn_attention import documents_bucket
 from sparse_lm.parallel.distributed import RESUMABLE, Cluster
 from sparse_lm.recipe import SCHEMA, Recipe, differences, recipe_from_json, save_recipe
@@ -37,7 +38,7 @@ from sparse_lm.train.checkpoint_files import newest_sound_step, set_aside, step_
 from sparse_lm.train.churn import RoutingProbe, probe_batch
 from sparse_lm.train.metrics import Meter, Writers, open_writers, read_rows
 from sparse_lm.train.progress import Progress
-from sparse_lm.train.session import Session, open_session, starting_point
+from sparse_lm.train.session import Session, check_addresses, open_session, starting_point
 from sparse_lm.train.state import TrainState
 from sparse_lm.train.step import PULSE
 from sparse_lm.train.validation import EvalStep, build_eval_step, validation_row
@@ -153,11 +154,12 @@ def train(
             "model.vocab_size", recipe.model.vocab_size, f"at least the tokenizer's {dataset.tokenizer.vocab_size}"
         )
     cluster.progress("opening the session")
-    session = open_session(recipe)
+    session = open_session(recipe, encoder=dataset.tokenizer)
     if cluster.first:
         write_description(session, dataset, run_dir)
     progress = Progress(recipe.name, recipe.train.steps, recipe.log.display if cluster.first else "off")
     latest, state, data_state, checkpointer = restored_or_new(session, checkpoints, cluster, progress)
+    check_addresses(session.definition, state.tables, f"checkpoint {latest}")
     checkpointer.prepare(state)
     first = int(np.asarray(state.step).reshape(-1)[0])
     writers = Writers()
@@ -459,6 +461,7 @@ class Run:
             flops = account(self.recipe.model, self.recipe.data.sequence_length, measured=measured).train_flops
             row["flops_per_token"] = flops
             meter.flops_per_token = flops * (self.session.members or 1)
+        row.update(memory_row(jax.device_get(metrics["memory"])))
         if (statistics := machine.memory_statistics()) is not None:
             row["memory_peak_bytes"] = statistics["peak_bytes"]
         if (joules := self.energy.joules()) is not None:
@@ -490,7 +493,7 @@ class Run:
         params = state.ema if state.ema else state.params
         recipe = self.recipe
         numbers = validation_row(
-            self.eval_step, params, state.model_state, self.dataset, recipe.data, recipe.validation
+            self.eval_step, params, state.inference_state(), self.dataset, recipe.data, recipe.validation
         )
         totals = {"tokens": meter.tokens, "seconds": meter.seconds, "flops": meter.flops / (self.session.members or 1)}
         row = {"kind": "validation", "step": done, **totals, **numbers}

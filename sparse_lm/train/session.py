@@ -17,11 +17,13 @@ from jax.sharding import AbstractMesh, Mesh
 from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.layers.parametrization import learning_rate_scales
-from sparse_lm.model.definition import Definition, define, for_documents
+from sparse_lm.memory.compression import Tokens
+from sparse_lm.memory.table import hash_differences
+from sparse_lm.model.definition import Definition, define, for_documents, with_classes
 from sparse_lm.parallel import rules
 from sparse_lm.recipe import Recipe, checkpoints_of_run
 from sparse_lm.routing.experts import MoEFeedForward
-from sparse_lm.train.checkpoint import read_checkpoint
+from sparse_lm.train.checkpoint import CheckpointError, read_checkpoint
 from sparse_lm.train.initialize import initialize, is_partial, transforms_of
 from sparse_lm.train.population import member_arrays, over_members
 from sparse_lm.train.state import TrainState, dims_of, fresh_state, initial_state, member_keys
@@ -127,7 +129,11 @@ def check_division(recipe: Recipe, mesh: Mesh | AbstractMesh) -> None:
 
 
 def open_session(
-    recipe: Recipe, devices: list[jax.Device] | None = None, *, mesh: Mesh | AbstractMesh | None = None
+    recipe: Recipe,
+    devices: list[jax.Device] | None = None,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+    encoder: Tokens | None = None,
 ) -> Session:
     """Builds the mesh, the abstract model and the shardings of a recipe.
 
@@ -135,6 +141,7 @@ def open_session(
       recipe: the recipe.
       devices: the devices of the mesh; None: all.
       mesh: the mesh itself instead, for planning: an abstract one can be traced for but holds no arrays.
+      encoder: the data's tokenizer, whose tokens a memory compresses; None: it takes token ids as they are.
 
     Raises:
       ConfigError: if the mesh does not fit the devices or the batch does not divide over it.
@@ -145,7 +152,7 @@ def open_session(
     if recipe.population.active:
         attention = dataclasses.replace(attention, backend="plain")
     definition = define(dataclasses.replace(recipe.model, attention=attention))
-    definition = dataclasses.replace(definition, mesh=mesh.abstract_mesh)
+    definition = dataclasses.replace(with_classes(definition, encoder), mesh=mesh.abstract_mesh)
     optimizer, population = recipe.optimizer, recipe.population
     try:
         scales = learning_rate_scales(recipe.model.parametrization, optimizer, definition.dims, definition.shapes)
@@ -193,6 +200,12 @@ def open_session(
         return made(params, run_keys)
 
     return Session(recipe, definition, mesh, abstract, dims, shardings, multipliers, create_sharded)
+
+
+def check_addresses(definition: Definition, tables: dict[str, Any], origin: str) -> None:
+    """Raises CheckpointError if saved tables are addressed otherwise than the recipe and its tokenizer say."""
+    if different := hash_differences(tables.get("address", {}), definition.hashes()):
+        raise CheckpointError(f"the tables of {origin} are addressed by other hashes: {', '.join(different)}")
 
 
 def starting_point(session: Session) -> tuple[TrainState, dict[str, Any] | None]:

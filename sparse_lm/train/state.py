@@ -14,6 +14,9 @@ from sparse_lm.train.optimizer import state_dims
 
 Tree = dict[str, Any]
 
+TABLES = 0x7AB1E5
+"""What the key of the initial rows is folded with: larger than any step, whose keys come from the same key."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,15 @@ class TrainState:
     key: jax.Array
     skipped: jax.Array
 
+    def inference_state(self) -> Tree:
+        """Returns what a model needs besides its parameters: the model state and, of the tables, addresses and rows."""
+        return with_tables(self.model_state, self.tables)
+
+
+def with_tables(model_state: Tree, tables: Tree) -> Tree:
+    """Returns the model state with the tables' addresses and rows, as evaluation and generation take them."""
+    return {**model_state, "tables": {name: tables[name] for name in ("address", "rows")}} if tables else model_state
+
 
 def member_keys(seed: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """Returns (key of the initial values, key of the run) of a seed."""
@@ -56,7 +68,7 @@ def fresh_state(
         params=params,
         opt_state=optimizer.init(params),
         model_state=definition.initial_state(),
-        tables={},
+        tables=definition.initial_tables(jax.random.fold_in(run_key, TABLES)),
         ema=params if with_ema else {},
         key=jax.random.key_data(run_key),
         skipped=jnp.zeros((), jnp.int32),
@@ -78,7 +90,7 @@ def dims_of(definition: Definition, state: TrainState) -> TrainState:
         params=definition.dims,
         opt_state=state_dims(state.opt_state, definition.dims),
         model_state=definition.state_dims,
-        tables={},
+        tables=definition.table_dims(),
         ema=definition.dims if state.ema else {},
         key=("key",),
         skipped=(),

@@ -1,6 +1,7 @@
 """The training step: one pure function of (state, batch, learning-rate multiplier), with no branch per mechanism.
 
-Phases: gradients, summed over microbatches; update of the parameters; advance of the model state. A step whose loss or gradient
+Phases: rows of the memory's tables; gradients, summed over microbatches; update of the parameters; update of the rows that were
+read; advance of the model state. A step whose loss or gradient
 is not finite changes nothing but the step number and the count of skipped steps.
 
 Legend: B batch, L length, M microbatches.
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from sparse_lm.config import Config
 from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.layers.parametrization import learning_rate_scales
-from sparse_lm.model.definition import Batch, Definition
+from sparse_lm.model.definition import Batch, Definition, token_info
 from sparse_lm.model.transformer import advance
 from sparse_lm.train.optimizer import Optimizer, ema_update, global_norm_by_group
 from sparse_lm.train.state import TrainState
@@ -59,29 +60,57 @@ def split_microbatches(batch: Batch, microbatches: int, group_sequences: int) ->
     return {name: split(array) for name, array in batch.items()}
 
 
+def join_microbatches(parts: Batch, group_sequences: int) -> Batch:
+    """The inverse of `split_microbatches`."""
+
+    def join(a: jax.Array) -> jax.Array:
+        grouped = a.reshape(a.shape[0], -1, group_sequences, *a.shape[2:])
+        return jnp.moveaxis(grouped, 0, 1).reshape(-1, *a.shape[2:])
+
+    return {name: join(array) for name, array in parts.items()}
+
+
 def gradients(
-    definition: Definition, params: Any, model_state: Any, batch: Batch, microbatches: int, key: jax.Array
-) -> tuple[jax.Array, Any, dict[str, Any]]:
-    """Returns (objective, gradient, {"metrics", "statistics"}) of a whole batch, equal for every number of microbatches."""
+    definition: Definition,
+    params: Any,
+    model_state: Any,
+    batch: Batch,
+    microbatches: int,
+    key: jax.Array,
+    rows: dict[str, jax.Array] | None = None,
+) -> tuple[jax.Array, Any, dict[str, Any], Any]:
+    """Computes the gradients of a whole batch, equal for every number of microbatches.
+
+    Returns:
+      (objective, gradient, {"metrics", "statistics"}, gradient of the memory's rows).
+    """
+    rows = rows or {}
     units = definition.units(batch)
 
-    def value_and_grad(part: Batch, index: jax.Array | int) -> Any:
+    def value_and_grad(part: Batch, rows: Any, index: jax.Array | int) -> Any:
         part_key = jax.random.fold_in(key, index)
-        objective = jax.value_and_grad(definition.objective, has_aux=True)
-        return objective(params, model_state, part, units, part_key)
+
+        def objective(params: Any, rows: Any) -> Any:
+            return definition.objective(params, model_state, part, units, part_key, rows)
+
+        value, (grads, row_grads) = jax.value_and_grad(objective, (0, 1), has_aux=True)(params, rows)
+        return (value, grads), row_grads
 
     if microbatches == 1:
-        (objective, aux), grads = value_and_grad(batch, 0)
-        return objective, grads, aux
-    parts = split_microbatches(batch, microbatches, definition.group_sequences())
+        ((objective, aux), grads), row_grads = value_and_grad(batch, rows, 0)
+        return objective, grads, aux, row_grads
+    sequences = definition.group_sequences()
+    parts = split_microbatches(batch, microbatches, sequences), split_microbatches(rows, microbatches, sequences)
     first = jax.tree.map(lambda a: a[0], parts)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(value_and_grad, first, 0))
+    sums = jax.eval_shape(value_and_grad, *first, 0)[0]
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums)
 
-    def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(*part)), None
+    def add(total: Any, part: tuple[Batch, Any, jax.Array]) -> tuple[Any, Any]:
+        found, row_grads = value_and_grad(*part)
+        return jax.tree.map(jnp.add, total, found), row_grads
 
-    ((objective, aux), grads), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(microbatches)))
-    return objective, grads, aux
+    ((objective, aux), grads), row_grads = jax.lax.scan(add, zeros, (*parts, jnp.arange(microbatches)))
+    return objective, grads, aux, join_microbatches(row_grads, sequences)
 
 
 def build_step(
@@ -91,19 +120,23 @@ def build_step(
 
     Returns:
       step(state, batch, multiplier) -> (state, metrics). `multiplier` scales the learning rate (1 outside populations).
-      metrics: {"pulse": float32 array in the order of PULSE, "group_norms": {group: norm}, "blocks": (sum, count) pairs}.
+      metrics: {"pulse": float32 array in the order of PULSE, "group_norms": {group: norm}, "blocks", "memory": (sum, count) pairs}.
     """
     scales = learning_rate_scales(definition.config.parametrization, optimizer, definition.dims, definition.shapes)
     transformation = optimizer.build(definition.dims, scales)
 
     def step(state: TrainState, batch: Batch, multiplier: jax.Array) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        _, grads, aux = gradients(definition, state.params, state.model_state, batch, train.microbatches, key)
+        rows, address = definition.fetch(state.tables, token_info(batch))
+        _, grads, aux, row_grads = gradients(
+            definition, state.params, state.model_state, batch, train.microbatches, key, rows
+        )
         group_norms = global_norm_by_group(grads, depth=2)
         norm = jnp.sqrt(sum(jnp.square(n) for n in group_norms.values()))
+        group_norms |= {f"tables.{name}": jnp.linalg.norm(grad.reshape(-1)) for name, grad in row_grads.items()}
         loss_sum, loss_count = aux["metrics"]["loss"]
         loss = loss_sum / jnp.maximum(loss_count, 1.0)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(sum(group_norms.values()))
 
         # The clipping factor and the mask of a skipped step are one multiplication, fused into the update.
         clip = 1.0 if train.clip_norm is None else jnp.minimum(1.0, train.clip_norm / jnp.maximum(norm, 1e-12))
@@ -126,12 +159,13 @@ def build_step(
             params=params,
             opt_state=keep(opt_state, state.opt_state),
             model_state=keep(advance(definition.config, state.model_state, aux["statistics"]), state.model_state),
-            tables=state.tables,
+            tables=definition.update_tables(state.tables, address, row_grads, learning_rate, state.step + 1, ~finite),
             ema=ema,
             key=state.key,
             skipped=jnp.where(finite, 0, state.skipped + 1),
         )
         pulse = jnp.stack([loss, norm, learning_rate, new_state.skipped.astype(jnp.float32), loss_count])
-        return new_state, {"pulse": pulse, "group_norms": group_norms, "blocks": aux["metrics"]["blocks"]}
+        measured = {name: aux["metrics"][name] for name in ("blocks", "memory")}
+        return new_state, {"pulse": pulse, "group_norms": group_norms, **measured}
 
     return step

@@ -1,0 +1,187 @@
+"""Tables in training: only touched rows move, in pieces and populations alike; runs resume bitwise; nothing table-shaped is computed."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from sparse_lm.evaluate.load import open_run
+from sparse_lm.memory.engram import Engram
+from sparse_lm.memory.row_optimizer import LazyAdam, RowAdagrad
+from sparse_lm.model.definition import token_info
+from sparse_lm.recipe import Recipe
+from sparse_lm.train.checkpoint import CheckpointError, read_checkpoint
+from sparse_lm.train.loop import train
+from sparse_lm.train.optimizer import AdamW
+from sparse_lm.train.population import Population, member_arrays, over_members
+from sparse_lm.train.schedule import Constant
+from sparse_lm.train.session import check_addresses, open_session, starting_point
+from sparse_lm.train.state import initial_state
+from sparse_lm.train.step import Train, build_step
+
+MEMORY = Engram(at=(0,), heads=2, width=8, rows=100, deviation=0.5, optimizer=LazyAdam())
+MODEL = tiny.model(memory=MEMORY, layers=1)
+OPTIMIZER = AdamW(learning_rate=0.01, schedule=Constant(warmup_fraction=0.0), epsilon=1e-3)
+DEFINITION = tiny.materialized(MODEL)[0]
+TRANSFORMATION = OPTIMIZER.build(DEFINITION.dims)
+BATCH = tiny.batch((10, 4), (9,), (16,), (3, 3, 3))
+
+
+def create(seed):
+    return initial_state(DEFINITION, TRANSFORMATION, seed, with_ema=False)
+
+
+@functools.cache
+def start():
+    return tiny.jit(create)(3)
+
+
+@functools.cache
+def step(microbatches: int = 1):
+    return tiny.jit(build_step(DEFINITION, OPTIMIZER, Train(steps=9, microbatches=microbatches)))
+
+
+def test_a_step_moves_the_rows_that_it_read_and_no_other() -> None:
+    state, _ = step()(start(), BATCH, jnp.float32(1))
+    address = np.asarray(DEFINITION.fetch(start().tables, token_info(BATCH))[1]["0"])
+    rows = MEMORY.tables()["0"].rows
+    assert (address[np.asarray(BATCH["segments_BL"]) == 0] == rows).all()
+    read = np.setdiff1d(np.unique(address), [rows])
+    before, after = start().tables, state.tables
+    assert np.flatnonzero((before["rows"]["0"] != after["rows"]["0"]).any(1)).tolist() == read.tolist()
+    assert np.flatnonzero(after["slots"]["0"]["clock"]).tolist() == read.tolist()
+    assert set(np.asarray(after["slots"]["0"]["clock"])[read].tolist()) == {1}
+    tiny.assert_same(before["address"], after["address"])
+
+
+def test_the_rows_take_the_gradient_of_the_loss() -> None:
+    """Against the gradient of the same loss through the lookup itself, which is as large as the table."""
+
+    def loss(rows):
+        state = {"tables": {**start().tables, "rows": {"0": rows}}}
+        units = DEFINITION.units(BATCH)
+        return DEFINITION.objective(start().params, state, BATCH, units, None)[0]
+
+    grads = np.asarray(tiny.jit(jax.grad(loss))(start().tables["rows"]["0"]))
+    state, _ = step()(start(), BATCH, jnp.float32(1))
+    found = np.asarray(state.tables["slots"]["0"]["mu"]) / (1 - 0.9)
+    np.testing.assert_allclose(found, grads, rtol=1e-3, atol=1e-6 * np.abs(grads).max())
+
+
+def test_microbatches_add_up() -> None:
+    whole, _ = step()(start(), BATCH, jnp.float32(1))
+    pieces, _ = step(2)(start(), BATCH, jnp.float32(1))
+    tiny.assert_close(pieces.tables["slots"], whole.tables["slots"], rtol=1e-4, atol=1e-5)
+    tiny.assert_close(pieces.params, whole.params, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_that_is_not_finite_leaves_the_tables() -> None:
+    broken = dataclasses.replace(
+        start(), params={**start().params, "final_norm": {"scale": jnp.full((16,), jnp.nan, jnp.float32)}}
+    )
+    state, metrics = step()(broken, BATCH, jnp.float32(1))
+    assert int(state.skipped) == 1
+    tiny.assert_same(state.tables, start().tables)
+    assert np.isnan(metrics["group_norms"]["tables.0"])
+
+
+def equations(jaxpr: Any):
+    """Yields every equation of a jaxpr and of those inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for parameter in equation.params.values():
+            for inner in parameter if isinstance(parameter, (tuple, list)) else (parameter,):
+                if isinstance(inner, (jax.extend.core.ClosedJaxpr, jax.extend.core.Jaxpr)):
+                    yield from equations(getattr(inner, "jaxpr", inner))
+
+
+def test_nothing_as_large_as_a_table_is_computed() -> None:
+    """The table and its slots are only ever the result of a scatter of the touched rows."""
+    rows = MEMORY.tables()["0"].rows
+    traced = jax.make_jaxpr(build_step(DEFINITION, OPTIMIZER, Train(steps=9)))(start(), BATCH, jnp.float32(1))
+    made = [
+        equation.primitive.name
+        for equation in equations(traced.jaxpr)
+        for out in equation.outvars
+        if rows in getattr(out.aval, "shape", ()) and "jaxpr" not in equation.params
+    ]
+    assert made == ["scatter"] * 4  # rows, mu, nu, clock
+
+
+def test_a_member_of_a_population_is_a_run_of_its_own() -> None:
+    population = Population(seeds=(3, 8), learning_rate_multipliers=(0.5, 2.0))
+    seeds, multipliers = member_arrays(population, 0)
+    make = tiny.jit(over_members(create, population, (0,)))
+    together = tiny.jit(over_members(build_step(DEFINITION, OPTIMIZER, Train(steps=9)), population, (0, None, 0)))
+    states, _ = together(make(seeds), BATCH, multipliers)
+    for i, (seed, multiplier) in enumerate(population.members(0)):
+        alone, _ = step()(tiny.jit(create)(seed), BATCH, jnp.float32(multiplier))
+        own = jax.tree.map(lambda a, i=i: a[i], states)
+        tiny.assert_close(own.tables, alone.tables, rtol=1e-4, atol=1e-5)
+        tiny.assert_close(own.params, alone.params, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("runs")
+    tiny.corpus(folder / "text")
+    return folder
+
+
+def recipe(folder: pathlib.Path, **changes: Any) -> Recipe:
+    memory = Engram(at=(0,), heads=2, width=8, rows=500, optimizer=RowAdagrad())
+    return tiny.recipe(folder, model__layers=1, model__memory=memory, checkpoint__keep_last=9, **changes)
+
+
+@pytest.fixture(scope="module")
+def straight(folder: pathlib.Path) -> pathlib.Path:
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    assert train(recipe(folder), folder / "straight") == 0
+    yield folder / "straight"
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_run_goes_on_bitwise(straight: pathlib.Path, folder: pathlib.Path) -> None:
+    import shutil
+
+    other = folder / "resumed"
+    shutil.copytree(straight, other)
+    shutil.rmtree(other / "checkpoints" / "8")
+    assert train(recipe(folder), other) == 0
+    for step_number in (4, 8):
+        left, right = (read_checkpoint(run / "checkpoints", step_number).state for run in (straight, other))
+        assert {"address", "rows", "slots"} == set(left["tables"])
+        tiny.assert_same(left, right)
+    rows = read_checkpoint(straight / "checkpoints", 8).state["tables"]["rows"]["0"]
+    touched = (np.asarray(rows) != 0).any(1).mean()
+    assert 0.05 < touched < 0.9
+
+
+def test_a_finished_run_is_evaluated_with_its_rows(straight: pathlib.Path, folder: pathlib.Path) -> None:
+    loaded = open_run(straight)
+    assert set(loaded.model_state["tables"]) == {"address", "rows"}
+    assert loaded.definition.classes is not None and loaded.definition.classes.number == 228
+    with pytest.raises(CheckpointError, match=r"addressed by other hashes: 0\.multipliers_N2"):
+        address = loaded.model_state["tables"]["address"]["0"]
+        bad = {"address": {"0": {**address, "multipliers_N2": address["multipliers_N2"] + 2}}}
+        check_addresses(loaded.definition, bad, "a checkpoint")
+
+
+def test_rows_come_along_with_the_parameters(straight: pathlib.Path, folder: pathlib.Path) -> None:
+    """A run that starts from another's parameters has its rows, and fresh slots."""
+    branch = recipe(folder, start_from__run=str(straight))
+    session = open_session(branch, encoder=open_run(straight).dataset.tokenizer)
+    state, data_state = starting_point(session)
+    saved = read_checkpoint(straight / "checkpoints", 8).state["tables"]
+    tiny.assert_same(state.tables["rows"], saved["rows"])
+    assert data_state is None and not np.asarray(state.tables["slots"]["0"]["sum_squares"]).any()
+    bare = dataclasses.replace(branch.start_from, exclude=("memory.*",))
+    plain = tiny.recipe(folder, model__layers=1, start_from=bare)
+    assert starting_point(open_session(plain))[0].tables == {}
