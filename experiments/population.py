@@ -4,6 +4,7 @@ import dataclasses
 
 from experiments.quickstart import quickstart
 from sparse_lm.layers.feed_forward import DenseFeedForward
+from sparse_lm.memory.memory import NoMemory
 from sparse_lm.model.attention import Attention
 from sparse_lm.recipe import Recipe
 from sparse_lm.train.optimizer import AdamW
@@ -25,6 +26,7 @@ def population_small() -> Recipe:
         layers=6,
         attention=Attention(heads=3, head_dim=64),
         pattern=(DenseFeedForward(hidden=704),),
+        memory=NoMemory(),
         compute_dtype="bfloat16",
     )
     optimizer = AdamW(learning_rate=4e-3, schedule=WarmupStableDecay(warmup_steps=20, decay_fraction=0.5))

@@ -1,8 +1,10 @@
-"""The quickstart: a small mixture of experts on packaged English text, on two CPU cores."""
+"""The quickstart: a small mixture of experts with a hash-lookup memory on packaged English text, on two CPU cores."""
 
 from sparse_lm.data.packaged import Packaged
 from sparse_lm.data.pipeline import DataConfig
 from sparse_lm.data.tokenizer import BPE
+from sparse_lm.memory.engram import Engram
+from sparse_lm.memory.row_optimizer import RowAdagrad
 from sparse_lm.model.attention import Attention
 from sparse_lm.model.transformer import Model
 from sparse_lm.recipe import Recipe
@@ -17,7 +19,7 @@ from sparse_lm.train.validation import Validation
 
 
 def quickstart() -> Recipe:
-    """A sparse language model of 8 experts in minutes.
+    """A sparse language model in minutes: 8 experts of which a token takes 2, and tables of n-grams of which it reads 6 rows.
 
     Command: make quickstart
     """
@@ -30,6 +32,14 @@ def quickstart() -> Recipe:
             layers=3,
             attention=Attention(heads=2, head_dim=64),
             pattern=(MoEFeedForward(experts=8, hidden=128, router=TopKRouter(k=2)),),
+            memory=Engram(
+                at=(1,),
+                orders=(2, 3, 4),
+                heads=2,
+                width=64,
+                rows=65_536,
+                optimizer=RowAdagrad(learning_rate=20.0),
+            ),
             tied_embeddings=True,
         ),
         optimizer=Muon(
@@ -37,9 +47,9 @@ def quickstart() -> Recipe:
             precision="float32",
             schedule=WarmupStableDecay(warmup_steps=40, decay_fraction=0.5),
         ),
-        train=Train(steps=760),
-        validation=Validation(every=380, tokens_per_domain=8192, overlap=64),
-        checkpoint=Checkpoints(every=380),
+        train=Train(steps=720),
+        validation=Validation(every=360, tokens_per_domain=8192, overlap=64),
+        checkpoint=Checkpoints(every=360),
         log=LogConfig(log_every=20),
     )
 

@@ -80,7 +80,6 @@ def test_the_smoke_variant_of_the_quickstart_trains(tmp_path: pathlib.Path) -> N
     )
     recipe = override(override(recipe, "data.directory", local.directory), "log.display", "off")
     recipe = override(override(recipe, "log.tensorboard", False), "train.steps", 4)
-    recipe = override(recipe, "model.layers", 1)
     assert train(recipe, tmp_path / "run") == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4]

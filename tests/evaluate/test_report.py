@@ -88,6 +88,7 @@ def write_run(directory, steps=6, members=None, without=()):
         experts |= {
             "router/blocks.2/load": [load] * members if members else load,
             "router/blocks.2/max_violation": value(0.5),
+            "memory/blocks.1/gate": value(0.4),
         }
         lines.write({"kind": "train"} | totals | measured | timed | (experts if step > 10 else {}))
         domains = {"speeches": {"loss": value(8.0 / step), "bits_per_byte": value(1.0)}}
@@ -188,7 +189,7 @@ def test_any_file_may_be_missing(tmp_path, name, heading):
 
 def test_metrics_alone_suffice(tmp_path):
     path = report.write_report(write_run(tmp_path / "run", steps=2, without=DOCUMENTS))
-    assert Outline(path.read_text()).headings == ["Learning", "Experts", "Speed"]
+    assert Outline(path.read_text()).headings == ["Learning", "Experts", "Memory", "Speed"]
 
 
 def test_an_empty_directory_is_refused(tmp_path):
