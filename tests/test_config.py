@@ -281,14 +281,14 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str):
 
 
 def test_typed_overrides_reach_every_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = "--train.steps 50 --model.layers 3 --optimizer.learning-rate 1e-2 --optimizer.schedule.warmup-steps 7"
+    arguments = "--train.steps 50 --model.layers 5 --optimizer.learning-rate 1e-2 --optimizer.schedule.warmup-steps 7"
     recipe, options = command(
         monkeypatch, "quickstart", "--run-dir", "there", *arguments.split(), "--model.logit-softcap", "30"
     )
     base = experiments.load("quickstart")
     assert options.run_dir == "there"
     assert sorted(differences(base, recipe)) == [
-        f"model.layers: {base.model.layers} -> 3",
+        f"model.layers: {base.model.layers} -> 5",
         "model.logit_softcap: None -> 30.0",
         f"optimizer.learning_rate: {base.optimizer.learning_rate} -> 0.01",
         f"optimizer.schedule.warmup_steps: {base.optimizer.schedule.warmup_steps} -> 7",

@@ -11,6 +11,7 @@ class Ungated(Engram):
     """Every value passes whole."""
 
     gate: GateForm = "none"
+    """No gate."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class Uncompressed(Engram):
     """N-grams of token ids."""
 
     compression: Literal["text", "none"] = "none"
+    """Every token id is its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class Bigram(Engram):
     """Pairs of tokens only."""
 
     orders: tuple[int, ...] = (2,)
+    """Pairs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +35,11 @@ class Unigram(Engram):
     """Control: rows of single tokens, which know nothing of the context; as wide as two orders."""
 
     orders: tuple[int, ...] = (1,)
+    """The token alone."""
     width: int = 1024
+    """As wide as two orders of 512."""
     heads: int = 16
+    """As many rows as two orders of 8 heads."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,3 +47,4 @@ class Shuffled(Engram):
     """Control: the position is mixed into the hash, so that no row belongs to an n-gram."""
 
     addressing: Literal["ngram", "shuffled"] = "shuffled"
+    """With the position in the hash."""

@@ -5,7 +5,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from sparse_lm.parallel.mesh import AXES
-from sparse_lm.parallel.rules import RULES, batch_shards, spec_of, undivided
+from sparse_lm.parallel.rules import RULES, axes_of, batch_shards, spec_of, undivided
 
 
 def mesh(**sizes: int) -> AbstractMesh:
@@ -44,4 +44,4 @@ def test_a_batch_is_split_over_data_fsdp_and_expert() -> None:
 
 
 def test_every_axis_of_the_table_exists() -> None:
-    assert {axis for axis in RULES.values() if axis} <= set(AXES)
+    assert {axis for dim in RULES for axis in axes_of(dim)} <= set(AXES)

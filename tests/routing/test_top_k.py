@@ -20,7 +20,7 @@ from sparse_lm.routing.top_k import TopKRouter
 PROBABILITY_GSE = np.array([[[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]], np.float32)
 
 
-@functools.partial(tiny.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _route(router: TopKRouter, logits_GSE, valid_GS, state) -> Routing:
     inputs = RouterInputs(valid_GS.astype(jnp.int32), valid_GS, valid_GS.astype(jnp.int32), None)
     return router.plan(logits_GSE, inputs, state)
