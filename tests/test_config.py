@@ -342,7 +342,7 @@ def test_help_explains_every_field_of_the_recipe(monkeypatch, capsys) -> None:
             flag = f"--{path}.{field.name}".replace("--.", "--").replace("_", "-")
             assert flag in shown, flag
     assert "Updates of the whole schedule." in shown  # the string below train.steps
-    assert "Weight of the Switch balance loss" in shown  # and below a field deep inside a tuple
+    assert "Weight of the balance loss" in shown  # and below a field deep inside a tuple
 
 
 def test_without_a_recipe_the_names_are_listed(monkeypatch, capsys) -> None:
