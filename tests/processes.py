@@ -208,35 +208,41 @@ def kill_in_save(which: int, point: str, delay_s: float = 0.0) -> None:
 
     from sparse_lm.train import checkpoint, checkpoint_files
 
-    saves = [0]
+    # Counted where a save begins, in its own thread: the loop may hand over the next one while this one is being written.
+    begun, submitted, beginning = [0], [0], [False]
     begin, finalize = ocp.CheckpointManager.save, checkpoint_files.InventoryHandler.finalize
     wait, submit = ocp.CheckpointManager.wait_until_finished, checkpoint.Checkpointer.save
 
-    def kill(where: str) -> None:
-        if saves[0] >= which and where == point:  # the loop may be waiting to begin the next save already
+    def kill(where: str, count: int) -> None:
+        if count == which and where == point:
             if delay_s:
                 threading.Timer(delay_s, signal_self, ("SIGKILL",)).start()
             else:
                 signal_self("SIGKILL")
 
     def begin_and_kill(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        kill("begun")
-        return begin(self, *arguments, **keywords)
+        begun[0] += 1
+        kill("begun", begun[0])
+        beginning[0] = True  # Orbax waits for the save before, which has long been finished
+        try:
+            return begin(self, *arguments, **keywords)
+        finally:
+            beginning[0] = False
 
     def finalize_and_kill(self: Any, directory: Any) -> None:
-        kill("arrays")
+        kill("arrays", begun[0])
         finalize(self, directory)
-        kill("listed")
+        kill("listed", begun[0])
 
     def wait_and_kill(self: Any) -> None:
         wait(self)
-        if threading.current_thread().name.startswith("checkpoint"):
-            kill("named")
+        if threading.current_thread().name.startswith("checkpoint") and not beginning[0]:
+            kill("named", begun[0])
 
     def submit_and_kill(self: Any, *arguments: Any) -> None:
-        saves[0] += 1
+        submitted[0] += 1
         submit(self, *arguments)
-        kill("submitted")
+        kill("submitted", submitted[0])
 
     ocp.CheckpointManager.save = begin_and_kill
     ocp.CheckpointManager.wait_until_finished = wait_and_kill
