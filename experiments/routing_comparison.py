@@ -321,7 +321,7 @@ def main() -> int:
     parser.add_argument(
         "--seconds",
         type=float,
-        help="most seconds in all: fewer steps, the same for every router, if they do not suffice",
+        help="most seconds in all: routers whose turn would come too late are left out, and said",
     )
     parser.add_argument("--steps", type=int, help="steps of each run")
     parser.add_argument("--routers", nargs="*", help="arms to run; default all")
@@ -344,7 +344,6 @@ def main() -> int:
     stream = train_stream(dataset, data, seed=0)
     put = functools.partial(jax.tree.map, jnp.asarray)
     batches = [put({name: batch[name] for name in MODEL_ARRAYS}) for batch, _ in itertools.islice(stream, setup.steps)]
-    # The schedule is over the steps that fit, which are known after compiling; a step count is part of the program.
     train = Train(steps=setup.steps)
     chosen = {name: forward for name, forward in arms(setup).items() if not options.routers or name in options.routers}
     made = {name: Arm(name, forward, setup, train) for name, forward in chosen.items()}
