@@ -228,7 +228,7 @@ def _residual_bytes(definition: Definition, rows: int, length: int) -> int:
         units = definition.units(batch)
 
         def objective(params: Any, looked_up: Any) -> Any:
-            return definition.objective(params, state, batch, units, None, looked_up)
+            return definition.objective(params, state, batch, units, None, rows=looked_up)
 
         _, pullback, _ = jax.vjp(objective, params, looked_up, has_aux=True)
         return pullback

@@ -347,7 +347,7 @@ class Run:
                 due = self._due(recipe.checkpoint.every, done) or done == total
                 if due and self.probe is not None:
                     with meter.paused():
-                        self.churn = self.probe(done, state.params, state.model_state)
+                        self.churn = self.probe(done, state.params, state.inference_state())
                 if stop or (due and done < total):
                     self._report(meter)
                     self._save(state, data_state, done)

@@ -91,7 +91,7 @@ def gradients(
         part_key = jax.random.fold_in(key, index)
 
         def objective(params: Any, rows: Any) -> Any:
-            return definition.objective(params, model_state, part, units, part_key, rows)
+            return definition.objective(params, model_state, part, units, part_key, rows=rows)
 
         value, (grads, row_grads) = jax.value_and_grad(objective, (0, 1), has_aux=True)(params, rows)
         return (value, grads), row_grads

@@ -84,8 +84,8 @@ def test_every_row_comes_and_every_gradient_arrives(crowded: bool, monkeypatch: 
     rows, slots = spec.create(jax.random.key(0))
     draw = np.random.default_rng(0)
     most = spec.rows // 8 if crowded else spec.rows + 1
-    address = draw.integers(0, most, (8, 4, 4)).astype(np.int32)
-    grads = draw.normal(size=(8, 4, 16)).astype(np.float32)
+    address = jnp.asarray(draw.integers(0, most, (8, 4, 4)), jnp.int32)
+    grads = jnp.asarray(draw.normal(size=(8, 4, 16)), jnp.float32)
     mesh = session(**MESH).mesh
     axes = sharded.row_axes(spec, mesh.abstract_mesh)
     assert axes == ("data", "fsdp", "context")
@@ -94,12 +94,10 @@ def test_every_row_comes_and_every_gradient_arrives(crowded: bool, monkeypatch: 
 
     def run(mesh):
         if mesh is None:
-            return look_up(rows, jnp.asarray(address)), update(
-                spec, rows, slots, address, grads, jnp.float32(0.1), jnp.int32(1)
-            )
-        found = sharded.look_up_sharded(mesh, axes, rows, jnp.asarray(address))
+            return look_up(rows, address), update(spec, rows, slots, address, grads, jnp.float32(0.1), jnp.int32(1))
+        found = sharded.look_up_sharded(mesh, axes, rows, address)
         return found, sharded.update_sharded(
-            mesh, axes, spec, rows, slots, jnp.asarray(address), jnp.asarray(grads), jnp.float32(0.1), jnp.int32(1)
+            mesh, axes, spec, rows, slots, address, grads, jnp.float32(0.1), jnp.int32(1)
         )
 
     expected = jax.jit(lambda: run(None))()
