@@ -47,9 +47,9 @@ def quickstart() -> Recipe:
             precision="float32",
             schedule=WarmupStableDecay(warmup_steps=40, decay_fraction=0.5),
         ),
-        train=Train(steps=720),
-        validation=Validation(every=360, tokens_per_domain=8192, overlap=64),
-        checkpoint=Checkpoints(every=360),
+        train=Train(steps=500),
+        validation=Validation(every=250, tokens_per_domain=8192, overlap=64),
+        checkpoint=Checkpoints(every=250),
         log=LogConfig(log_every=20),
     )
 
