@@ -6,6 +6,7 @@ head counts; the mean number of experts per token counts, not their total.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -101,6 +102,30 @@ def measured_in(row: Mapping[str, Any]) -> dict[int, Measured]:
         )
         for layer in {*experts, *depth}
     }
+
+
+def absent_operations(model: Model, absent: Mapping[str, Any], measured: Mapping[int, Measured] | None = None) -> Any:
+    """Returns the forward operations per token that weights would do that do not exist: those that a sparse executor need not do.
+
+    Args:
+      model: the model's config.
+      absent: weights that do not exist by path of the parameter, numbers or arrays.
+      measured: what routed layers were measured to do, by number of the block.
+    """
+    total: Any = 0.0
+    for path, weights in absent.items():
+        share = 1.0
+        if match := re.match(r"blocks\.(\d+)(?:_to_\d+)?\.(.*)", path):
+            layer, inner = int(match[1]), match[2]
+            found, router = (measured or {}).get(layer, Measured()), model.depth.router_of(layer)
+            if router is not None:
+                share = router.experts_per_token(1) if found.depth is None else found.depth
+            lines = model.feed_forward_of(layer).cost(model.d_model, found.experts_per_token)
+            if "experts" in lines and re.match(r"feed_forward\.(experts\.)?(gate|up|down)\b", inner):
+                parameters, active, _ = lines["experts"]
+                share *= active / parameters
+        total = total + 2.0 * share * weights
+    return total
 
 
 def account(

@@ -61,6 +61,35 @@ TABLE: dict[str, dict[str, str]] = {
         "muon": "sparse_lm.train.muon:Muon",
         "adafactor": "sparse_lm.train.adafactor:Adafactor",
     },
+    "weight_sparsity": {
+        "none": "sparse_lm.weight_sparsity.door:NoSparsity",
+        "masked": "sparse_lm.weight_sparsity.masked:Masked",
+    },
+    "sparse_structure": {
+        "unstructured": "sparse_lm.weight_sparsity.structures:Unstructured",
+        "n_m": "sparse_lm.weight_sparsity.structures:NM",
+        "block": "sparse_lm.weight_sparsity.structures:Block",
+        "constant_fan_in": "sparse_lm.weight_sparsity.structures:ConstantFanIn",
+        "neuron": "sparse_lm.weight_sparsity.structures:Neuron",
+    },
+    "sparse_allocation": {
+        "uniform": "sparse_lm.weight_sparsity.allocation:Uniform",
+        "er": "sparse_lm.weight_sparsity.allocation:ER",
+        "erk": "sparse_lm.weight_sparsity.allocation:ERK",
+        "by_hand": "sparse_lm.weight_sparsity.allocation:ByHand",
+        "global": "sparse_lm.weight_sparsity.allocation:Global",
+    },
+    "sparse_schedule": {
+        "constant": "sparse_lm.weight_sparsity.schedules:ConstantSparsity",
+        "one_shot": "sparse_lm.weight_sparsity.schedules:OneShot",
+        "cubic": "sparse_lm.weight_sparsity.schedules:CubicSparsity",
+        "linear": "sparse_lm.weight_sparsity.schedules:LinearSparsity",
+        "periodic": "sparse_lm.weight_sparsity.schedules:Periodic",
+    },
+    "sparse_algorithm": {
+        "static": "sparse_lm.weight_sparsity.algorithms:Static",
+        "magnitude": "sparse_lm.weight_sparsity.algorithms:Magnitude",
+    },
     "schedule": {
         "constant": "sparse_lm.train.schedule:Constant",
         "cosine": "sparse_lm.train.schedule:Cosine",

@@ -20,6 +20,7 @@ from sparse_lm.train.optimizer import AdamW, Optimizer
 from sparse_lm.train.population import Population
 from sparse_lm.train.step import Train
 from sparse_lm.train.validation import Validation
+from sparse_lm.weight_sparsity.door import NoSparsity, WeightSparsity
 
 SCHEMA = 1
 """Version of the layout of config.json and checkpoints."""
@@ -39,6 +40,8 @@ class Recipe(Config):
     """What to train."""
     optimizer: Optimizer = component("optimizer", AdamW())
     """How gradients become updates."""
+    weight_sparsity: WeightSparsity = component("weight_sparsity", NoSparsity())
+    """Which weights exist."""
     train: Train = Train()
     """How long, and with which numerics."""
     population: Population = Population()

@@ -9,6 +9,7 @@ import numpy as np
 
 from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.pipeline import prepare
+from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.model.definition import Definition, define, with_classes
 from sparse_lm.recipe import Recipe, load_recipe
 from sparse_lm.train.checkpoint import CheckpointError, checkpoint_directory, read_checkpoint
@@ -29,7 +30,8 @@ class Loaded:
       dataset: its prepared data.
       definition: its abstract model.
       step: finished steps of the checkpoint.
-      params: nested dict of parameters in the model's layout; their moving average when the run kept one.
+      params: nested dict of weights in the model's layout, as the model computes with them; of the parameters' moving average when
+        the run kept one.
       model_state: nested dict of model state, and of the addresses and rows of a memory's tables.
       population: the members that `params` holds (a leading dimension of every leaf), inactive for a single model.
       averaged: whether `params` is the moving average.
@@ -78,17 +80,24 @@ def open_run(run_dir: pathlib.Path, *, step: int | None = None) -> Loaded:
     """
     recipe = load_recipe(run_dir)
     directory = checkpoint_directory(run_dir, recipe.checkpoint)
-    source = read_checkpoint(directory, step, without=("opt_state", "tables.slots"))
+    sparsifier = recipe.weight_sparsity.build(define(recipe.model), recipe.optimizer, recipe.train.steps)
+    unread = ("opt_state", "tables.slots", *([] if sparsifier.forward_reads else ["sparsity"]))
+    source = read_checkpoint(directory, step, without=unread)
     averaged = bool(source.state.get("ema"))
     tree = source.state.pop("ema" if averaged else "params")
     model_state = source.state.get("model_state", {})
-    tables = source.state.get("tables", {})
+    tables, sparsity = source.state.get("tables", {}), source.state.get("sparsity", {})
     source.state.clear()
     dataset = prepare(recipe.data, report=lambda line: None)
     definition = with_classes(define(recipe.model), dataset.tokenizer)
     axis = 1 if recipe.population.active else 0
     origin = f"checkpoint {source.step} in {directory}"
     params = _stacked(tree, definition.shapes, axis, origin)
+    if sparsifier.forward_reads:
+        abstract = map_leaves(lambda _, shape: jax.ShapeDtypeStruct(shape, np.float32), definition.shapes)
+        like = jax.eval_shape(lambda params: sparsifier.init(params, {}, jax.random.key(0))[2], abstract)
+        wanted = {name: like[name] for name in sparsifier.forward_reads}
+        params = sparsifier.forward_params(params, stack(sparsity, wanted, axis), source.step)
     state = _stacked(model_state, definition.state_shapes, axis, origin)
     check_addresses(definition, tables, origin)
     state = with_tables(state, tables)

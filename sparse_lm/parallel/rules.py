@@ -28,6 +28,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "row": None,
     "address": None,
     "key": None,
+    "bins": None,
 }
 """Logical dim -> mesh axis, or several; None keeps the dim whole. Rows of tables are split as the tokens that read them."""
 

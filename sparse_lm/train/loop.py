@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from pallas_kernels import backend
-from sparse_lm.accounting import Account, account, measured_in
+from sparse_lm.accounting import Account, absent_operations, account, measured_in
 from sparse_lm.config import ConfigError, to_dict, validate
 from sparse_lm.data import storage
 from sparse_lm.data.dataset import Dataset
@@ -42,6 +42,8 @@ from sparse_lm.train.session import Session, check_addresses, open_session, star
 from sparse_lm.train.state import TrainState
 from sparse_lm.train.step import PULSE
 from sparse_lm.train.validation import EvalStep, build_eval_step, validation_row
+from sparse_lm.weight_sparsity.pictures import MaskPictures
+from sparse_lm.weight_sparsity.telemetry import absent, sparsity_row
 
 FREE_FIELDS = ("log.", "checkpoint.", "validation.", "mesh.", "distributed.", "name:", "data.directory", "data.workers")
 """Fields in which a resumed run may differ from the run it continues: they change no number that is trained on (a mesh
@@ -260,6 +262,7 @@ def write_description(session: Session, dataset: Dataset, run_dir: pathlib.Path)
         "environment.json": machine.environment(),
         "data.json": dataset.describe(),
         "accounting.json": [row._asdict() for row in lines.rows],
+        **({"sparsity.json": sparse} if (sparse := session.sparsifier.description()) else {}),
     }
     for name, document in documents.items():
         storage.write_atomically(run_dir / name, (json.dumps(document, indent=1, default=str) + "\n").encode())
@@ -301,6 +304,8 @@ class Run:
         probe = routed and probe_batch(dataset, self.recipe.data, self.recipe.validation.batch_size)
         placed = (session.definition, self.recipe.population, session.mesh, run_dir)
         self.probe = RoutingProbe(*placed, probe) if probe else None
+        self.pictures = MaskPictures(session.sparsifier, run_dir, population=self.recipe.population.active)
+        self.effective = jax.jit(session.sparsifier.forward_params)
 
     def steps(self, state: TrainState, data_state: dict[str, Any] | None, first: int) -> bool:
         """Runs from step `first` to the end; returns whether the end was reached."""
@@ -347,7 +352,9 @@ class Run:
                 due = self._due(recipe.checkpoint.every, done) or done == total
                 if due and self.probe is not None:
                     with meter.paused():
-                        self.churn = self.probe(done, state.params, state.inference_state())
+                        self.churn = self.probe(done, self._weights(state), state.inference_state())
+                if due:
+                    self.pictures(done, state.sparsity)
                 if stop or (due and done < total):
                     self._report(meter)
                     self._save(state, data_state, done)
@@ -462,6 +469,7 @@ class Run:
             row["flops_per_token"] = flops
             meter.flops_per_token = flops * (self.session.members or 1)
         row.update(memory_row(jax.device_get(metrics["memory"])))
+        row.update(self._sparsity(jax.device_get(metrics["sparsity"]), measured))
         if (statistics := machine.memory_statistics()) is not None:
             row["memory_peak_bytes"] = statistics["peak_bytes"]
         if (joules := self.energy.joules()) is not None:
@@ -471,6 +479,18 @@ class Run:
         for alarm in alarms:
             self.writers.write({"kind": "event", "step": done, "event": "routing alarm", "alarm": alarm})
             self.progress.event(f"step {done}, {alarm}")
+
+    def _sparsity(self, found: dict[str, Any], measured: Any) -> dict[str, Any]:
+        """Returns a row's entries on weight sparsity, with the operations per token that the weights that exist need."""
+        if not found:
+            return {}
+        members, model = self.recipe.population.active, self.recipe.model
+        dense = account(model, self.recipe.data.sequence_length, measured=measured).train_flops
+        row = sparsity_row(found, members)
+        for name, mean in (("flops_per_token", False), ("mean_flops_per_token", True)):
+            saved = 3.0 * absent_operations(model, absent(found, members, mean=mean), measured)
+            row[f"sparsity/{name}"] = np.asarray(dense - saved).tolist()
+        return row
 
     def _skipped(self, done: int, pulse: dict[str, np.ndarray], metrics: dict[str, Any]) -> None:
         norms = jax.device_get(metrics["group_norms"])
@@ -490,8 +510,7 @@ class Run:
 
     def _validate(self, state: TrainState, done: int, meter: Meter) -> None:
         self.cluster.progress(f"validating after step {done}")
-        params = state.ema if state.ema else state.params
-        recipe = self.recipe
+        params, recipe = self._weights(state, averaged=True), self.recipe
         numbers = validation_row(
             self.eval_step, params, state.inference_state(), self.dataset, recipe.data, recipe.validation
         )
@@ -500,6 +519,11 @@ class Run:
         self.validation_loss = float(np.mean(numbers["loss"]))
         self.writers.write(row)
         self.progress.validation(row)
+
+    def _weights(self, state: TrainState, *, averaged: bool = False) -> Any:
+        """Returns what the model computes with, from the parameters or (if there is one) their average."""
+        params = state.ema if averaged and state.ema else state.params
+        return self.effective(params, state.sparsity, state.step) if self.session.sparsifier.forward_reads else params
 
     def _save(self, state: TrainState, data_state: dict[str, Any] | None, done: int) -> None:
         assert data_state is not None, "a step was taken, so a batch was consumed"

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 
 from sparse_lm.config import Config
 
+MEMBERS = "members"
+"""Name of the vmapped axis."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Population(Config):
@@ -46,7 +49,7 @@ def over_members(
     function: Callable[..., Any], population: Population, in_axes: tuple[int | None, ...]
 ) -> Callable[..., Any]:
     """Returns the function over all members at once: vmapped for a population, itself otherwise."""
-    return jax.vmap(function, in_axes=in_axes) if population.active else function
+    return jax.vmap(function, in_axes=in_axes, axis_name=MEMBERS) if population.active else function
 
 
 def member_arrays(population: Population, seed: int) -> tuple[jax.Array, jax.Array]:

@@ -25,10 +25,11 @@ from sparse_lm.recipe import Recipe, checkpoints_of_run
 from sparse_lm.routing.experts import MoEFeedForward
 from sparse_lm.train.checkpoint import CheckpointError, read_checkpoint
 from sparse_lm.train.initialize import initialize, is_partial, transforms_of
-from sparse_lm.train.population import member_arrays, over_members
-from sparse_lm.train.state import TrainState, dims_of, fresh_state, initial_state, member_keys
+from sparse_lm.train.population import MEMBERS, member_arrays, over_members
+from sparse_lm.train.state import MASKS, TrainState, dims_of, fresh_state, initial_state, member_keys
 from sparse_lm.train.step import build_step
 from sparse_lm.train.validation import MODEL_ARRAYS
+from sparse_lm.weight_sparsity.door import Sparsifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Session:
       dims: logical dims of every leaf of the state.
       shardings: sharding of every leaf.
       multipliers: learning-rate multiplier, or one per member.
+      sparsifier: what makes weights sparse.
       create: makes the initial state of every member, sharded.
     """
 
@@ -53,6 +55,7 @@ class Session:
     dims: TrainState
     shardings: TrainState
     multipliers: jax.Array
+    sparsifier: Sparsifier
     create: Callable[[], TrainState]
 
     @property
@@ -84,7 +87,9 @@ class Session:
     def trace_step(self, documents: int = 1) -> Any:
         """Traces the step for batches with up to `documents` documents in a row; returns JAX's traced program."""
         recipe, definition = self.recipe, for_documents(self.definition, documents)
-        step = over_members(build_step(definition, recipe.optimizer, recipe.train), recipe.population, (0, None, 0))
+        members = MEMBERS if recipe.population.active else None
+        step = build_step(definition, recipe.optimizer, recipe.train, self.sparsifier, members)
+        step = over_members(step, recipe.population, (0, None, 0))
         shape = (recipe.data.batch_size, recipe.data.sequence_length)
         batch = {
             name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rules.batch_sharding(self.mesh))
@@ -162,13 +167,17 @@ def open_session(
         transformation = optimizer.build(definition.dims, scales)
     except ConfigError as error:
         raise error.within("optimizer") from None
+    try:
+        sparsifier = recipe.weight_sparsity.build(definition, optimizer, recipe.train.steps)
+    except ConfigError as error:
+        raise error.within("weight_sparsity") from None
     with_ema = recipe.train.ema_decay is not None
 
     def create(seed: jax.Array) -> TrainState:
-        return initial_state(definition, transformation, seed, with_ema=with_ema)
+        return initial_state(definition, transformation, seed, with_ema=with_ema, sparsifier=sparsifier)
 
     seeds, multipliers = member_arrays(population, recipe.seed)
-    dims = dims_of(definition, jax.eval_shape(create, 0))
+    dims = dims_of(definition, jax.eval_shape(create, 0), sparsifier)
     if population.active:
         dims = TrainState(
             **{
@@ -194,18 +203,26 @@ def open_session(
         params = definition.initial_params(init_keys, shardings.params)
 
         def around(params: Any, run_key: jax.Array) -> TrainState:
-            return fresh_state(definition, transformation, params, run_key, with_ema=with_ema)
+            return fresh_state(definition, transformation, params, run_key, with_ema=with_ema, sparsifier=sparsifier)
 
         made = jax.jit(over_members(around, population, (0, 0)), out_shardings=shardings, donate_argnums=0)
         return made(params, run_keys)
 
-    return Session(recipe, definition, mesh, abstract, dims, shardings, multipliers, create_sharded)
+    return Session(recipe, definition, mesh, abstract, dims, shardings, multipliers, sparsifier, create_sharded)
 
 
 def check_addresses(definition: Definition, tables: dict[str, Any], origin: str) -> None:
     """Raises CheckpointError if saved tables are addressed otherwise than the recipe and its tokenizer say."""
     if different := hash_differences(tables.get("address", {}), definition.hashes()):
         raise CheckpointError(f"the tables of {origin} are addressed by other hashes: {', '.join(different)}")
+
+
+def sparse_anew(sparsifier: Sparsifier, state: TrainState) -> TrainState:
+    """Returns a state of step 0 with masks or topology chosen from its own parameters, which came from elsewhere."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), MASKS)
+    params, model_state, sparsity = sparsifier.init(state.params, state.model_state, key)
+    ema = params if state.ema else state.ema
+    return dataclasses.replace(state, params=params, model_state=model_state, sparsity=sparsity, ema=ema)
 
 
 def starting_point(session: Session) -> tuple[TrainState, dict[str, Any] | None]:
@@ -231,5 +248,7 @@ def starting_point(session: Session) -> tuple[TrainState, dict[str, Any] | None]
         fresh = [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(session.members)]
         members = [initialize(member, source.state, transforms, partial=partial) for member in fresh]
         state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    if start.keep == "parameters":
+        state = over_members(functools.partial(sparse_anew, session.sparsifier), session.recipe.population, (0,))(state)
     state = rules.place(state, session.shardings)
     return state, source.data_state if start.keep == "everything" else None

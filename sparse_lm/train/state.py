@@ -11,11 +11,12 @@ import optax
 from sparse_lm.layers.parameter import RUN_KEY
 from sparse_lm.model.definition import Definition
 from sparse_lm.train.optimizer import state_dims
+from sparse_lm.weight_sparsity.door import Sparsifier
 
 Tree = dict[str, Any]
 
-TABLES = 0x7AB1E5
-"""What the key of the initial rows is folded with: larger than any step, whose keys come from the same key."""
+TABLES, MASKS = 0x7AB1E5, 0x3A5C5
+"""What the keys of the initial rows and masks are folded with: larger than any step, whose keys come from the same key."""
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +33,7 @@ class TrainState:
       ema: nested dict like params, or {} when no average is kept.
       key: uint32 key data; every random number of a run is folded from (key, step, microbatch).
       skipped: int32, steps skipped in a row because of a NaN or an infinity.
+      sparsity: nested dict of masks and what else a sparsifier keeps; {} for dense weights.
     """
 
     step: jax.Array
@@ -42,6 +44,7 @@ class TrainState:
     ema: Tree
     key: jax.Array
     skipped: jax.Array
+    sparsity: Tree = dataclasses.field(default_factory=dict)
 
     def inference_state(self) -> Tree:
         """Returns what a model needs besides its parameters: the model state and, of the tables, addresses and rows."""
@@ -60,30 +63,45 @@ def member_keys(seed: jax.Array | int) -> tuple[jax.Array, jax.Array]:
 
 
 def fresh_state(
-    definition: Definition, optimizer: optax.GradientTransformation, params: Tree, run_key: jax.Array, *, with_ema: bool
+    definition: Definition,
+    optimizer: optax.GradientTransformation,
+    params: Tree,
+    run_key: jax.Array,
+    *,
+    with_ema: bool,
+    sparsifier: Sparsifier | None = None,
 ) -> TrainState:
     """Returns the state of step 0 around initial parameters. Pure."""
+    masks_key = jax.random.fold_in(run_key, MASKS)
+    params, model_state, sparsity = (sparsifier or Sparsifier()).init(params, definition.initial_state(), masks_key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
-        model_state=definition.initial_state(),
+        model_state=model_state,
         tables=definition.initial_tables(jax.random.fold_in(run_key, TABLES)),
         ema=params if with_ema else {},
         key=jax.random.key_data(run_key),
         skipped=jnp.zeros((), jnp.int32),
+        sparsity=sparsity,
     )
 
 
 def initial_state(
-    definition: Definition, optimizer: optax.GradientTransformation, seed: jax.Array | int, *, with_ema: bool
+    definition: Definition,
+    optimizer: optax.GradientTransformation,
+    seed: jax.Array | int,
+    *,
+    with_ema: bool,
+    sparsifier: Sparsifier | None = None,
 ) -> TrainState:
     """Draws the state of step 0 from a seed. Pure; `Session.create` makes the same numbers leaf by leaf where they belong."""
     init_key, run_key = member_keys(seed)
-    return fresh_state(definition, optimizer, definition.initial_params(init_key), run_key, with_ema=with_ema)
+    params = definition.initial_params(init_key)
+    return fresh_state(definition, optimizer, params, run_key, with_ema=with_ema, sparsifier=sparsifier)
 
 
-def dims_of(definition: Definition, state: TrainState) -> TrainState:
+def dims_of(definition: Definition, state: TrainState, sparsifier: Sparsifier | None = None) -> TrainState:
     """Returns the logical dims of every leaf of an (abstract) state of one member."""
     return TrainState(
         step=(),
@@ -94,6 +112,7 @@ def dims_of(definition: Definition, state: TrainState) -> TrainState:
         ema=definition.dims if state.ema else {},
         key=("key",),
         skipped=(),
+        sparsity=(sparsifier or Sparsifier()).state_dims(state.sparsity),
     )
 
 

@@ -1,7 +1,7 @@
 """The training step: one pure function of (state, batch, learning-rate multiplier), with no branch per mechanism.
 
-Phases: rows of the memory's tables; gradients, summed over microbatches; update of the parameters; update of the rows that were
-read; advance of the model state. A step whose loss or gradient
+Phases: rows of the memory's tables; gradients by the effective weights, summed over microbatches; update of the parameters; update
+of the rows that were read; advance of the model state; masks and topology of sparse weights. A step whose loss or gradient
 is not finite changes nothing but the step number and the count of skipped steps.
 
 Legend: B batch, L length, M microbatches.
@@ -21,6 +21,7 @@ from sparse_lm.model.definition import Batch, Definition, token_info
 from sparse_lm.model.transformer import advance
 from sparse_lm.train.optimizer import Optimizer, ema_update, global_norm_by_group
 from sparse_lm.train.state import TrainState
+from sparse_lm.weight_sparsity.door import Moment, Sparsifier, same_for_all
 
 PULSE = ("loss", "grad_norm", "learning_rate", "skipped", "tokens")
 """The scalars that the loop reads of every step, in one array."""
@@ -114,23 +115,39 @@ def gradients(
 
 
 def build_step(
-    definition: Definition, optimizer: Optimizer, train: Train
+    definition: Definition,
+    optimizer: Optimizer,
+    train: Train,
+    sparsifier: Sparsifier | None = None,
+    members: str | None = None,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """Builds the pure step.
 
+    Args:
+      definition: the model.
+      optimizer: the optimizer.
+      train: length and numerics.
+      sparsifier: what makes weights sparse; None: nothing does.
+      members: name of the axis over which the step will be vmapped, or None.
+
     Returns:
       step(state, batch, multiplier) -> (state, metrics). `multiplier` scales the learning rate (1 outside populations).
-      metrics: {"pulse": float32 array in the order of PULSE, "group_norms": {group: norm}, "blocks", "memory": (sum, count) pairs}.
+      metrics: {"pulse": float32 array in the order of PULSE, "group_norms": {group: norm}, "blocks", "memory": (sum, count) pairs,
+      "sparsity": see `Sparsifier.numbers`}.
     """
     scales = learning_rate_scales(definition.config.parametrization, optimizer, definition.dims, definition.shapes)
     transformation = optimizer.build(definition.dims, scales)
+    sparse = sparsifier or Sparsifier()
 
     def step(state: TrainState, batch: Batch, multiplier: jax.Array) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         rows, address = definition.fetch(state.tables, token_info(batch))
-        _, grads, aux, row_grads = gradients(
-            definition, state.params, state.model_state, batch, train.microbatches, key, rows
-        )
+
+        def at(weights: Any) -> Any:
+            return gradients(definition, weights, state.model_state, batch, train.microbatches, key, rows)
+
+        _, dense_grads, aux, row_grads = at(sparse.forward_params(state.params, state.sparsity, state.step))
+        grads = sparse.optimizer_grads(dense_grads, state.params, state.sparsity, state.step)
         group_norms = global_norm_by_group(grads, depth=2)
         norm = jnp.sqrt(sum(jnp.square(n) for n in group_norms.values()))
         group_norms |= {f"tables.{name}": jnp.linalg.norm(grad.reshape(-1)) for name, grad in row_grads.items()}
@@ -142,30 +159,50 @@ def build_step(
         clip = 1.0 if train.clip_norm is None else jnp.minimum(1.0, train.clip_norm / jnp.maximum(norm, 1e-12))
         grads = jax.tree.map(lambda g: jnp.where(finite, g * clip, 0.0), grads)
         learning_rate = optimizer.schedule_at(state.step, train.steps) * optimizer.learning_rate * multiplier
+        learning_rate = learning_rate * sparse.rate_multiplier(state.step)
+        moves = finite & jnp.logical_not(sparse.replaces(state.step))
         updates, opt_state = transformation.update(grads, state.opt_state, state.params)
 
-        def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        def keep(new: Any, old: Any, sound: jax.Array = finite) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(sound, n, o), new, old)
 
-        rate = jnp.where(finite, learning_rate, 0.0)
+        rate = jnp.where(moves, learning_rate, 0.0)
         params = map_leaves(
             lambda _, p, u, frozen: p if frozen else p - rate * u, state.params, updates, definition.frozen
         )
+        change = sparse.update(
+            Moment(
+                step=same_for_all(state.step, members),
+                finite=finite,
+                rate=learning_rate,
+                key=key,
+                before=state.params,
+                params=params,
+                opt_state=keep(opt_state, state.opt_state, moves),
+                model_state=keep(advance(definition.config, state.model_state, aux["statistics"]), state.model_state),
+                sparsity=state.sparsity,
+                grads=dense_grads,
+                gradient=lambda weights: at(weights)[1],
+            )
+        )
         ema = state.ema
         if train.ema_decay is not None:
-            ema = keep(ema_update(ema, params, train.ema_decay, state.step), ema)
+            ema = keep(ema_update(ema, change.params, train.ema_decay, state.step), ema)
+            ema = sparse.average(ema, change.sparsity)
         new_state = TrainState(
             step=state.step + 1,
-            params=params,
-            opt_state=keep(opt_state, state.opt_state),
-            model_state=keep(advance(definition.config, state.model_state, aux["statistics"]), state.model_state),
+            params=change.params,
+            opt_state=change.opt_state,
+            model_state=change.model_state,
             tables=definition.update_tables(state.tables, address, row_grads, learning_rate, state.step + 1, ~finite),
             ema=ema,
             key=state.key,
             skipped=jnp.where(finite, 0, state.skipped + 1),
+            sparsity=change.sparsity,
         )
         pulse = jnp.stack([loss, norm, learning_rate, new_state.skipped.astype(jnp.float32), loss_count])
         measured = {name: aux["metrics"][name] for name in ("blocks", "memory")}
+        measured["sparsity"] = sparse.numbers(change.sparsity)
         return new_state, {"pulse": pulse, "group_norms": group_norms, **measured}
 
     return step
