@@ -28,28 +28,16 @@ def _beside(path: str | None, name: str, alone: bool) -> str | None:
 
 
 def kernels(options: argparse.Namespace) -> None:
-    """Times the operations named by --op."""
+    """Times the operations named by --op, each part of a table in a process of its own."""
+    from pallas_kernels.benchmark import parts
+
     alone = options.op != "all"
-    if options.op in ("block_sparse", "norms", "all"):
-        from pallas_kernels.benchmark import block_sparse
-
-        cases = [block_sparse.Case(*block_sparse.SQUARE, 128, 1.0)] if options.op == "norms" else None
-        files = (_beside(path, "block_sparse", alone) for path in (options.json, options.picture))
-        block_sparse.run(*files, cases, with_torch=not options.no_torch, backend=options.backend)
-    if options.op in ("grouped", "all"):
-        from pallas_kernels.benchmark import grouped
-
-        arguments = ["table", *(["--backend", options.backend] if options.backend else [])]
-        for name in ("json", "picture"):
-            if path := _beside(getattr(options, name), "grouped", alone):
-                arguments += [f"--{name}", path]
-        grouped.main(arguments)
-    if options.op in ("feed_forward", "all"):
-        from pallas_kernels.benchmark import feed_forward
-
-        rows = feed_forward.run()
-        if path := _beside(options.json, "feed_forward", alone):
-            pathlib.Path(path).write_text(json.dumps(rows, indent=1))
+    for operation in [options.op] if alone else ["block_sparse", "grouped", "libraries", "fused", "feed_forward"]:
+        files = {
+            f"{name}_path" if name == "json" else name: _beside(getattr(options, name), operation, alone)
+            for name in ("json", "picture")
+        }
+        parts.run(operation, backend=options.backend, jobs=options.jobs, only=options.only, **files)
 
 
 def tune(options: argparse.Namespace) -> None:
@@ -65,8 +53,7 @@ def tune(options: argparse.Namespace) -> None:
     if options.op in ("grouped", "all"):
         from pallas_kernels.benchmark import grouped
 
-        path = _beside(options.json, "grouped", options.op != "all")
-        grouped.main(["tune", *(["--json", path] if path else [])])
+        grouped.tune(_beside(options.json, "grouped", options.op != "all"))
 
 
 def training(arguments: list[str]) -> None:
@@ -152,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function, operations in (
-        ("kernels", kernels, ["block_sparse", "grouped", "norms", "feed_forward", "all"]),
+        ("kernels", kernels, ["block_sparse", "grouped", "libraries", "norms", "fused", "feed_forward", "all"]),
         ("tune", tune, ["block_sparse", "grouped", "all"]),
     ):
         command = commands.add_parser(name, help=function.__doc__)
@@ -164,7 +151,14 @@ def main(arguments: list[str] | None = None) -> None:
             command.add_argument(
                 "--backend", help="time this backend, for example triton, instead of the automatic choice"
             )
-            command.add_argument("--no-torch", action="store_true", help="leave out PyTorch's BSR linear")
+            command.add_argument(
+                "--only",
+                default="",
+                help="only parts in whose name this regular expression is found, for example 'torch BSR'",
+            )
+            command.add_argument(
+                "--jobs", type=int, help="processes at a time; default: all of them on a GPU, else one"
+            )
     commands.add_parser("train", help=training.__doc__, add_help=False)
     command = commands.add_parser("checkpoint", help=checkpoints.__doc__)
     command.add_argument("--gigabytes", type=float, default=2.0, help="size of the state")

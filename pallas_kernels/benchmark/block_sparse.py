@@ -10,17 +10,17 @@ where cuBLAS runs faster because most operands are zero (the harsh check). Legen
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import itertools
 import json
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.benchmark.timing import compile_all, has_device_timer, time_all
+from pallas_kernels.benchmark.timing import alone, compile_all, has_device_timer, preparing, time_all
 from pallas_kernels.block_gradient_norms import block_gradient_norms
 from pallas_kernels.block_sparse_matmul import cost, to_dense, topology_from_mask
 from pallas_kernels.block_sparse_matmul.api import _operation
@@ -31,7 +31,7 @@ PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}  # bf16 FLOP/s, by
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One weight: M rows, K x N features, square blocks, density, and how its columns are filled."""
+    """One weight: M rows, K x N features, square blocks, density, how its columns are filled, dtype."""
 
     m: int
     k: int
@@ -39,17 +39,26 @@ class Case:
     block: int
     density: float
     balanced: bool = True
+    dtype: str = "bfloat16"
+
+    @property
+    def name(self) -> str:
+        """All of it in one line."""
+        filled = "even" if self.balanced else "binomial"
+        return f"{self.m}x{self.k}x{self.n} b{self.block} {self.dtype} {filled} {self.density}"
 
 
 SQUARE = (8192, 8192, 8192)
 OTHER_SHAPES = ((8192, 4096, 16384), (16384, 4096, 4096), (16384, 2048, 8192))
+DENSITIES = (1.0, 0.5, 0.25, 0.1, 0.05)
 GPU_CASES = (
-    [Case(*SQUARE, 128, d) for d in (1.0, 0.5, 0.25, 0.1, 0.05)]
+    [Case(*shape, 128, d) for shape in (SQUARE, *OTHER_SHAPES) for d in DENSITIES]
     + [Case(*SQUARE, 128, d, balanced=False) for d in (0.25, 0.1)]
-    + [Case(*shape, 128, d) for shape in OTHER_SHAPES for d in (1.0, 0.25, 0.1)]
     + [Case(*SQUARE, 64, d) for d in (0.25, 0.1)]
+    + [Case(*SQUARE, 128, d, dtype="float16") for d in (0.25,)]
 )
-CPU_CASES = [Case(2048, 2048, 2048, block, 0.1, balanced=False) for block in (64, 128)]
+SOME_GPU_CASES = [Case(*SQUARE, 128, d) for d in (0.5, 0.25, 0.1)] + [Case(*SQUARE, 64, 0.1)]  # of a second backend
+CPU_CASES = [Case(2048, 2048, 2048, block, 0.1, balanced=False, dtype="float32") for block in (64, 128)]
 
 
 def make_mask(case: Case, seed: int = 0) -> np.ndarray:
@@ -91,7 +100,7 @@ def relative_error(found, wanted) -> float:
     return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
 
 
-def check_values(case: Case, functions, arguments, w_masked) -> dict[str, float]:
+def check_values(case: Case, functions, dense, arguments, w_masked) -> dict[str, float]:
     """Error of each product against the dense product in the same dtype, over memory poisoned with NaN."""
     x, dy, _, topology = arguments
     errors = {}
@@ -100,7 +109,7 @@ def check_values(case: Case, functions, arguments, w_masked) -> dict[str, float]
         jax.block_until_ready(poison)
         del poison  # its memory is the likeliest to be handed out next
         found = function(*arguments)
-        wanted = DENSE[name](x, dy, w_masked)
+        wanted = dense[name](x, dy, w_masked)
         if name == "dvalues":
             rows, columns = topology.block_rows, topology.block_columns
             blocks = wanted.reshape(rows, case.block, columns, case.block).transpose(0, 2, 1, 3)
@@ -110,31 +119,44 @@ def check_values(case: Case, functions, arguments, w_masked) -> dict[str, float]
     return errors
 
 
-def measure(case: Case, dtype=jnp.bfloat16, *, rounds: int = 2, norms: bool = False, backend=None) -> list[dict]:
-    """Times one case; one row (a dict) for each product, for their sum, and for the norms if asked."""
-    x, dy = random(1, (1, case.m, case.k), dtype), random(2, (1, case.m, case.n), dtype)
-    topology = topology_from_mask(make_mask(case), case.block, case.block)
-    values = random(3, (1, topology.blocks, case.block, case.block), dtype, 0.02)
-    masked = to_dense(values[0], topology)
-    w = random(4, (case.k, case.n), dtype, 0.02)
-    batched = jax.tree.map(lambda a: a[None], topology)
-    arguments = (x, dy, values, batched)
-    jobs: dict[str, tuple] = {name: (function, arguments) for name, function in sparse_products(backend).items()}
-    jobs |= {f"dense {name}": (function, (x, dy, w)) for name, function in DENSE.items()}
-    jobs |= {f"masked {name}": (DENSE[name], (x, dy, masked)) for name in ("forward", "dx")}
-    if norms:
-        sizes = {"block_in": case.block, "block_out": case.block, "backend": backend}
-        jobs["norms"] = (lambda x, dy: block_gradient_norms(x[0], dy[0], **sizes), (x, dy))
-    compiled, failed = compile_all(jobs)
-    for name, message in failed.items():
-        print(f"FAILED {case} {name}: {message}", flush=True)
-    errors = check_values(case, {n: compiled[n] for n in PRODUCTS if n in compiled}, arguments, masked)
-    timings = time_all({name: (compiled[name], jobs[name][1]) for name in compiled}, rounds=rounds)
+def measure(case: Case, *, rounds: int = 2, backend: str | None = None) -> list[dict]:
+    """Times one case beside the dense products.
+
+    Args:
+        case: What to time.
+        rounds: Times every function gets its turn.
+        backend: Name of the backend to time; None for the automatic choice, at density 1 with the norms.
+
+    Returns:
+        One row (a dict) for each product, for their sum, and for the norms.
+    """
+    dtype = jnp.dtype(case.dtype)
+    with preparing():
+        x, dy = random(1, (1, case.m, case.k), dtype), random(2, (1, case.m, case.n), dtype)
+        topology = topology_from_mask(make_mask(case), case.block, case.block)
+        values = random(3, (1, topology.blocks, case.block, case.block), dtype, 0.02)
+        masked = to_dense(values[0], topology)
+        w = random(4, (case.k, case.n), dtype, 0.02)
+        arguments = (x, dy, values, jax.tree.map(lambda a: a[None], topology))
+        jobs: dict[str, tuple] = {name: (function, arguments) for name, function in sparse_products(backend).items()}
+        jobs |= {f"dense {name}": (function, (x, dy, w)) for name, function in DENSE.items()}
+        if case.density == 1.0 and backend is None:
+            norms = functools.partial(block_gradient_norms, block_in=case.block, block_out=case.block)
+            jobs["norms"] = (lambda x, dy: norms(x[0], dy[0]), (x, dy))
+        compiled, failed = compile_all(jobs)
+        for name, message in failed.items():
+            print(f"FAILED {case.name} {name}: {message}", flush=True)
+        whole = {name: compiled[f"dense {name}"] for name in DENSE}
+    with alone():
+        errors = check_values(case, {n: compiled[n] for n in PRODUCTS if n in compiled}, whole, arguments, masked)
+        todo = {name: (compiled[name], jobs[name][1]) for name in compiled}
+        todo |= {f"masked {name}": (whole[name], (x, dy, masked)) for name in ("forward", "dx")}
+        timings = time_all(todo, rounds=rounds)
 
     kind = jax.devices()[0].device_kind
     peak = next((value for name, value in PEAKS.items() if name in kind), None)
     dense_flops = 2 * case.m * case.k * case.n
-    useful = cost(topology, case.m, jnp.dtype(dtype).itemsize)
+    useful = cost(topology, case.m, dtype.itemsize)
     rows = []
     for name in (*PRODUCTS, "norms"):
         if name not in timings:
@@ -158,9 +180,7 @@ def measure(case: Case, dtype=jnp.bfloat16, *, rounds: int = 2, norms: bool = Fa
             else None,
         }
         if peak:
-            bytes_moved = (
-                (case.m * (case.k + case.n)) * jnp.dtype(dtype).itemsize if name == "norms" else useful["bytes"]
-            )
+            bytes_moved = case.m * (case.k + case.n) * dtype.itemsize if name == "norms" else useful["bytes"]
             row["of_roofline"] = max(flops / peak[0], bytes_moved / peak[1]) / timing.median
         if f"masked {name}" in timings:
             row["speedup_over_masked"] = timings[f"masked {name}"].median / timing.median
@@ -186,7 +206,7 @@ def show(row: dict) -> str:
     """One line of the table; the last ratio is scaled from the density achieved to the one named."""
     scaled = row["speedup"] * row["achieved_density"] / row["density"] if row["product"] != "norms" else row["speedup"]
     parts = [
-        f"M{row['m']} K{row['k']} N{row['n']} b{row['block']} {'even' if row['balanced'] else 'binomial':8s}",
+        f"M{row['m']} K{row['k']} N{row['n']} b{row['block']} {row['dtype']} {'even' if row['balanced'] else 'binomial':8s}",
         f"d={row['achieved_density']:.4f} {row['product']:9s} {row['ms']:8.4f} ms {row['tflops']:6.0f} TF",
         f"dense {row['dense_ms']:.3f} ms, {row['speedup']:6.2f}x (at d={row['density']:g}: {scaled:.2f}x)",
     ]
@@ -206,36 +226,36 @@ def torch_bsr(cases, seconds: float = 0.03) -> list[dict]:
     except ImportError:
         print("PyTorch is not installed: no BSR baseline")
         return []
-    rows = []
-    for case in cases:
-        mask = torch.from_numpy(make_mask(case).T.copy()).cuda()  # linear keeps [out, in]
-        dense = torch.randn(case.n, case.k, device="cuda", dtype=torch.bfloat16) * 0.02
-        dense = dense.view(case.n // case.block, case.block, case.k // case.block, case.block) * mask[:, None, :, None]
-        weight = dense.view(case.n, case.k).to_sparse_bsr((case.block, case.block))
-        x = torch.randn(case.m, case.k, device="cuda", dtype=torch.bfloat16)
+    with alone():
+        return [row for case in cases if (row := _torch_bsr(torch, case, seconds)) is not None]
 
-        def run(x=x, weight=weight, iterations=1):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            for _ in range(iterations):
-                torch.nn.functional.linear(x, weight)
-            end.record()
-            torch.cuda.synchronize()
-            return begin.elapsed_time(end) / iterations
 
-        try:
-            run()
-            single = run(iterations=3)
-            run(iterations=max(3, int(60 / single)))
-            milliseconds = float(np.median([run(iterations=max(3, int(seconds * 1e3 / single))) for _ in range(3)]))
-        except Exception as error:
-            print(f"FAILED torch BSR {case}: {str(error)[:200]}")
-            continue
-        rows.append({**dataclasses.asdict(case), "product": "torch_bsr", "ms": milliseconds})
-        print(f"torch BSR {case}: {milliseconds:.4f} ms", flush=True)
-        del weight, dense, x
-    torch.cuda.empty_cache()
-    return rows
+def _torch_bsr(torch, case: Case, seconds: float) -> dict | None:
+    mask = torch.from_numpy(make_mask(case).T.copy()).cuda()  # linear keeps [out, in]
+    dense = torch.randn(case.n, case.k, device="cuda", dtype=torch.bfloat16) * 0.02
+    dense = dense.view(case.n // case.block, case.block, case.k // case.block, case.block) * mask[:, None, :, None]
+    weight = dense.view(case.n, case.k).to_sparse_bsr((case.block, case.block))
+    x = torch.randn(case.m, case.k, device="cuda", dtype=torch.bfloat16)
+
+    def run(iterations=1):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(iterations):
+            torch.nn.functional.linear(x, weight)
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / iterations
+
+    try:
+        run()
+        single = run(iterations=3)
+        run(iterations=max(3, int(60 / single)))
+        milliseconds = float(np.median([run(iterations=max(3, int(seconds * 1e3 / single))) for _ in range(3)]))
+    except Exception as error:
+        print(f"FAILED torch BSR {case}: {str(error)[:200]}")
+        return None
+    print(f"torch BSR {case}: {milliseconds:.4f} ms", flush=True)
+    return {**dataclasses.asdict(case), "product": "torch_bsr", "ms": milliseconds}
 
 
 def break_even(densities, speedups) -> float | None:
@@ -259,7 +279,7 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
         print("matplotlib is not installed: no picture")
         return
     drawn = [r for r in rows if r.get("balanced") and "speedup" in r]
-    weights = [(r["m"], r["k"], r["n"], r["block"]) for r in drawn if r["product"] == "forward"]
+    weights = [(r["m"], r["k"], r["n"], r["block"], r["dtype"]) for r in drawn if r["product"] == "forward"]
     weights = sorted({weight for weight in weights if weights.count(weight) >= 2})
     if not weights:
         print("no weight was timed at two densities: no picture")
@@ -273,7 +293,7 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
             points = sorted(
                 (r["achieved_density"], r["speedup"])
                 for r in drawn
-                if (r["m"], r["k"], r["n"], r["block"]) == weight and r["product"] == product
+                if (r["m"], r["k"], r["n"], r["block"], r["dtype"]) == weight and r["product"] == product
             )
             if len(points) < 2:
                 continue
@@ -282,7 +302,7 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
                 f", break-even {point:.2f}" if point else ", faster at every density" if points[-1][1] >= 1 else ""
             )
             axis.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
-        m, k, n, block = weight
+        m, k, n, block, _ = weight
         axis.set(xscale="log", yscale="log", xlabel="density", title=f"M {m}, {k} x {n}, blocks of {block}")
         axis.legend(fontsize=7)
     axes[0][0].set_ylabel("speed-up over dense (random weights)")
@@ -291,51 +311,21 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
     print(f"wrote {path}")
 
 
-def run(
-    json_path: str | None = None,
-    picture: str | None = None,
-    cases=None,
-    with_torch: bool = True,
-    backend: str | None = None,
-) -> dict:
-    """Runs the table, prints it and writes it.
-
-    Args:
-        json_path: Where the numbers go; None prints only.
-        picture: Where the picture goes; None draws none.
-        cases: ``Case`` list; None takes those of the attached device.
-        with_torch: Also time PyTorch's BSR linear.
-        backend: Name of the backend to time; None for the automatic choice.
-
-    Returns:
-        {"device", "jax", "date", "timer", "rows"}.
-    """
+def parts(backend: str | None) -> dict[str, Callable[[], list[dict]]]:
+    """The table in parts that may run in processes of their own: name -> function that measures and prints its rows."""
     gpu = has_device_timer()
-    cases = (GPU_CASES if gpu else CPU_CASES) if cases is None else cases
-    result = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "backend": backend or "automatic choice",
-        "timer": "CUPTI, sum of kernels, steady state" if gpu else "wall clock",
-        "rows": [],
-    }
-    for case in cases:
-        rows = measure(
-            case, jnp.bfloat16 if gpu else jnp.float32, norms=case.density == 1.0 and backend is None, backend=backend
-        )
-        result["rows"] += rows
+    cases = (SOME_GPU_CASES if backend else GPU_CASES) if gpu else CPU_CASES
+
+    def table(case):
+        rows = measure(case, backend=backend)
         for row in rows:
             print(show(row), flush=True)
-        if json_path:
-            pathlib.Path(json_path).write_text(json.dumps(result, indent=1))
-    if gpu and with_torch:
-        result["rows"] += torch_bsr([Case(*SQUARE, 128, d) for d in (0.5, 0.25, 0.1, 0.05)])
-        if json_path:
-            pathlib.Path(json_path).write_text(json.dumps(result, indent=1))
-    if picture:
-        draw(result["rows"], pathlib.Path(picture))
-    return result
+        return rows
+
+    found: dict[str, Callable[[], list[dict]]] = {case.name: functools.partial(table, case) for case in cases}
+    if gpu and backend is None:
+        found["torch BSR"] = functools.partial(torch_bsr, [Case(*SQUARE, 128, d) for d in DENSITIES[1:]])
+    return found
 
 
 def tune(json_path: str | None = None) -> list[dict]:

@@ -10,11 +10,14 @@ Legend: T tokens, D model, E experts, S experts of a token, F ffn dim of an expe
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.benchmark.timing import compile_all, has_device_timer, time_all
+from pallas_kernels.benchmark.timing import alone, compile_all, has_device_timer, preparing, time_all
 from pallas_kernels.grouped_matmul import grouped_feed_forward
 
 SPLITS = ((16, 2), (64, 8), (256, 32))
@@ -62,26 +65,28 @@ def stored_bytes(arguments) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.shape not in weights)
 
 
-def run(tokens: int | None = None, model: int | None = None, active: int | None = None, rounds: int = 2) -> list[dict]:
-    """Times all splits of `active` ffn features among the experts of a token; prints and returns one row for each."""
+def run(splits=SPLITS, tokens: int | None = None, model: int | None = None, active: int | None = None) -> list[dict]:
+    """Times splits of `active` ffn features among the experts of a token and the dense layer; prints and returns one row for each."""
     gpu = has_device_timer()
     defaults = (16384, 2048, 4096) if gpu else (2048, 256, 1024)
     tokens, model, active = (given or default for given, default in zip((tokens, model, active), defaults, strict=True))
     dtype = jnp.bfloat16 if gpu else jnp.float32
-    x, dy = normal(0, (tokens, model), dtype), normal(9, (tokens, model), dtype)
-    dense = [normal(i, s, dtype, 0.02) for i, s in enumerate(((model, active), (model, active), (active, model)))]
-    jobs: dict[str, tuple] = {"dense": (dense_step, (x, *dense, dy))}
-    for experts, per_token in SPLITS:
-        ffn = active // per_token
-        sides = ((model, ffn), (model, ffn), (ffn, model))
-        weights = [normal(i, (experts, *s), dtype, 0.02) for i, s in enumerate(sides)]
-        weight = jax.random.uniform(jax.random.key(5), (tokens, per_token))
-        arguments = (x, *weights, weight, *route(tokens, experts, per_token))
-        jobs[f"E{experts} S{per_token}"] = (routed_step, (*arguments, dy))
-    compiled, failed = compile_all(jobs)
+    with preparing():
+        x, dy = normal(0, (tokens, model), dtype), normal(9, (tokens, model), dtype)
+        dense = [normal(i, s, dtype, 0.02) for i, s in enumerate(((model, active), (model, active), (active, model)))]
+        jobs: dict[str, tuple] = {"dense": (dense_step, (x, *dense, dy))}
+        for experts, per_token in splits:
+            ffn = active // per_token
+            sides = ((model, ffn), (model, ffn), (ffn, model))
+            weights = [normal(i, (experts, *s), dtype, 0.02) for i, s in enumerate(sides)]
+            weight = jax.random.uniform(jax.random.key(5), (tokens, per_token))
+            arguments = (x, *weights, weight, *route(tokens, experts, per_token))
+            jobs[f"E{experts} S{per_token}"] = (routed_step, (*arguments, dy))
+        compiled, failed = compile_all(jobs)
     for name, message in failed.items():
         print(f"FAILED {name}: {message}", flush=True)
-    timings = time_all({name: (compiled[name], jobs[name][1]) for name in compiled}, rounds=rounds)
+    with alone():
+        timings = time_all({name: (compiled[name], jobs[name][1]) for name in compiled}, rounds=2)
     least = x.dtype.itemsize * tokens * (model + 2 * active)
     rows = []
     for name, timing in timings.items():
@@ -104,3 +109,11 @@ def run(tokens: int | None = None, model: int | None = None, active: int | None 
             flush=True,
         )
     return rows
+
+
+def parts(backend: str | None) -> dict[str, Callable[[], list[dict]]]:
+    """The table in parts that may run in processes of their own: name -> function that measures and prints its rows."""
+    del backend
+    return {
+        f"E{experts} S{per_token}": functools.partial(run, ((experts, per_token),)) for experts, per_token in SPLITS
+    }

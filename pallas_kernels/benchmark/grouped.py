@@ -1,7 +1,7 @@
 """Times the grouped products against dense products of equal FLOPs, `torch._grouped_mm`, `lax.ragged_dot` and the roofline.
 
-    python -m pallas_kernels.benchmark.grouped table          all shapes, uniform and Zipf groups; prints and writes JSON
-    python -m pallas_kernels.benchmark.grouped tune           every tile candidate of every product: the autotuner
+    python scripts/benchmark.py kernels --op grouped          all shapes, uniform and Zipf groups
+    python scripts/benchmark.py tune --op grouped             every tile candidate of every product: the autotuner
     python -m pallas_kernels.benchmark.grouped check          values on this device, ragged groups, poisoned memory
 
 Times are of full device queues, the same loop for every library, in turn in one process; CUPTI's sum of kernel times stands beside them. Weights and rows are fully random (zeros run faster). Legend: A rows, E experts, K, N dims.
@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
+import pathlib
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.benchmark.timing import compile_all, has_device_timer, time_all
+from pallas_kernels.benchmark.timing import alone, compile_all, has_device_timer, preparing, time_all
 from pallas_kernels.grouped_matmul import grouped_matmul, reference
 from pallas_kernels.grouped_matmul import groups as row_groups
 
@@ -29,6 +32,7 @@ SHAPES = {
     "E128": (131072, 2048, 768, 128),
     "cpu": (65536, 512, 1024, 64),
 }
+MOST_TEMPORARY_BYTES = 30e9  # a product that asks for more is not run
 PEAK = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}  # bf16 FLOP/s and bytes/s of the data sheets
 
 
@@ -92,6 +96,36 @@ def torch_products(x, w, dy, sizes):
     }
 
     return calls
+
+
+def other_libraries(every_product: bool):
+    """The products of JAX's and tokamax's `ragged_dot`: label -> product -> function."""
+
+    def of(ragged_dot):
+        def forward(x, w, dy, sizes):
+            return ragged_dot(x, w, sizes)
+
+        def dx(x, w, dy, sizes):
+            return jax.vjp(lambda x: ragged_dot(x, w, sizes), x)[1](dy)[0]
+
+        def dw(x, w, dy, sizes):
+            return jax.vjp(lambda w: ragged_dot(x, w, sizes), w)[1](dy)[0]
+
+        return {"forward": forward, **({"dx": dx, "dw": dw} if every_product else {})}
+
+    def tokamax_dot(implementation):
+        def run(*operands):
+            import tokamax  # needs packages of certain versions
+
+            return tokamax.ragged_dot(*operands, implementation=implementation)
+
+        return run
+
+    return {
+        "lax.ragged_dot": of(jax.lax.ragged_dot),
+        "tokamax mosaic": of(tokamax_dot("mosaic")),
+        "tokamax triton": of(tokamax_dot("triton")),
+    }
 
 
 def queue_seconds(function, arguments, synchronize, least: float = 0.03) -> float:
@@ -163,26 +197,37 @@ def queue_times(ready, problem_arguments, rounds: int):
     return samples
 
 
-def measure(shape: str, skews, functions, dtype, report, rounds: int):
-    """Time dense, torch and our functions of one shape in turn; one report row per group sizes, product and implementation."""
+def measure(shape: str, skews, functions, dtype, rounds: int) -> list[dict]:
+    """Time dense, torch and `functions` (label -> product -> function) of one shape in turn.
+
+    Returns one row per group sizes, product and implementation.
+    """
     rows, inner, outer, _ = SHAPES[shape]
-    flops = 2 * rows * inner * outer
-    x, w, dy, sizes = problem(shape, skews[0], dtype)
-    todo = {f"dense|{n}": fa for n, fa in dense(x, w, dy).items()}
-    todo |= {f"{label}|{n}": (f, (x, w, dy, sizes)) for label, group in functions.items() for n, f in group.items()}
-    compiled, failed = compile_all(todo, threads=12)
+    flops, report = 2 * rows * inner * outer, []
+    with preparing():
+        x, w, dy, sizes = problem(shape, skews[0], dtype)
+        todo = {f"dense|{n}": fa for n, fa in dense(x, w, dy).items()}
+        for label, group in functions.items():
+            todo |= {f"{label}|{n}": (f, (x, w, dy, sizes)) for n, f in group.items()}
+        compiled, failed = compile_all(todo, threads=12)
     for name, message in failed.items():
         print("FAILED", shape, name, message, flush=True)
+    for name in list(compiled):
+        if (memory := compiled[name].memory_analysis().temp_size_in_bytes) > MOST_TEMPORARY_BYTES:
+            print(f"not run: {shape} {name} asks for {memory / 1e9:.0f} GB of temporary memory", flush=True)
+            del compiled[name]
     for skew in skews:
         sizes = jnp.asarray(sizes_of(skew, *(SHAPES[shape][i] for i in (0, 3))))
         ready = {n: (f, todo[n][1] if n.startswith("dense") else (x, w, dy, sizes)) for n, f in compiled.items()}
-        kernels = {}
-        if has_device_timer():
-            try:
-                kernels = {n: t.median for n, t in time_all(ready, rounds=rounds).items()}
-            except (RuntimeError, TypeError) as error:
-                print("no kernel times:", error)
-        for name, samples in queue_times(ready, (x, w, dy, sizes), rounds).items():
+        with alone():
+            kernels = {}
+            if has_device_timer():
+                try:
+                    kernels = {n: t.median for n, t in time_all(ready, rounds=rounds).items()}
+                except (RuntimeError, TypeError) as error:
+                    print("no kernel times:", error)
+            samples_of = queue_times(ready, (x, w, dy, sizes), rounds)
+        for name, samples in samples_of.items():
             label, product = name.split("|")
             seconds = float(np.median(samples))
             memory = compiled[name].memory_analysis().temp_size_in_bytes if name in compiled else None
@@ -200,6 +245,30 @@ def measure(shape: str, skews, functions, dtype, report, rounds: int):
                     "temporary_bytes": memory,
                 }
             )
+    return report
+
+
+def parts(backend: str | None) -> dict[str, Callable[[], list[dict]]]:
+    """The table in parts that may run in processes of their own: name -> function that measures and prints its rows."""
+    shapes = (["E64"] if backend else ["E8", "E64", "E128"]) if has_device_timer() else ["cpu"]
+    return {shape: functools.partial(_table, shape, {"ours": products(backend)}) for shape in shapes}
+
+
+def library_parts(backend: str | None) -> dict[str, Callable[[], list[dict]]]:
+    """The same for the products of other JAX libraries, uniform groups only; they may ask for more memory than there is."""
+    del backend
+    shapes = ("E64", "E128", "E8") if has_device_timer() else ("cpu",)
+    return {
+        f"{shape} {label}": functools.partial(_table, shape, {label: functions}, ("uniform",))
+        for shape in shapes
+        for label, functions in other_libraries(every_product=shape == "E64").items()
+    }
+
+
+def _table(shape, functions, skews=("uniform", "zipf")) -> list[dict]:
+    report = measure(shape, skews, functions, jnp.bfloat16 if has_device_timer() else jnp.float32, 2)
+    show(report)
+    return report
 
 
 def show(report):
@@ -219,7 +288,7 @@ def show(report):
         )
 
 
-def draw(report, path: str) -> None:
+def draw(report, path: pathlib.Path) -> None:
     """Bars of useful TFLOP/s for every shape, skew and product, one colour for each implementation."""
     try:
         import matplotlib
@@ -275,50 +344,25 @@ def check(functions, seed: int = 0):
                 )
 
 
+def tune(json_path: str | None = None, shapes=("E64", "E128", "E8"), only: str = "") -> None:
+    """Times every tile candidate of every product; what `tiles.py` is made from. `only`: candidates whose names contain it."""
+    functions = {name: tile_functions(*tiles) for name, tiles in candidates().items() if only in name}
+    report: list[dict] = []
+    for shape in shapes:
+        report += measure(shape, ("uniform", "zipf"), functions, jnp.bfloat16, 2)
+        show([row for row in report if row["shape"] == shape])
+    if json_path:
+        pathlib.Path(json_path).write_text(json.dumps(report, indent=1))
+
+
 def main(argv=None):
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["table", "tune", "check"])
-    parser.add_argument("--shapes", nargs="+", default=None, choices=list(SHAPES))
-    parser.add_argument("--skews", nargs="+", default=["uniform", "zipf"])
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no further problem after this long")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", default=None, help="only candidates whose name contains one of these")
-    parser.add_argument("--json", default=None)
-    parser.add_argument("--picture", default=None)
-    parser.add_argument("--backend", default=None, help="of the functions labelled ours in the table")
+    parser.add_argument("command", choices=["check"])
+    parser.add_argument("--backend", default=None, help="of the functions labelled ours")
     args = parser.parse_args(argv)
-    on_gpu, begin = has_device_timer(), time.time()
-    report: list[dict] = []
-    tiles = {n: t for n, t in candidates().items() if not args.only or any(o in n for o in args.only)} if on_gpu else {}
-    functions = (
-        {n: tile_functions(*t) for n, t in tiles.items()}
-        if args.command == "tune"
-        else {"ours": products(args.backend)}
-    )
-    if args.command == "check":
-        functions |= {n: tile_functions(*t) for n, t in tiles.items()}
-        return check(functions)
-    for shape in args.shapes or (["E64", "E128", "E8"] if on_gpu else ["cpu"]):
-        if time.time() - begin > args.seconds:
-            print("out of time before", shape)
-            continue
-        measure(shape, args.skews, functions, jnp.bfloat16 if on_gpu else jnp.float32, report, args.rounds)
-    show(report)
-    if args.picture:
-        draw(report, args.picture)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(
-                {
-                    "device": jax.devices()[0].device_kind,
-                    "jax": jax.__version__,
-                    "date": time.strftime("%Y-%m-%d"),
-                    "rows": report,
-                },
-                file,
-                indent=1,
-            )
+    tiles = candidates() if has_device_timer() and args.backend is None else {}
+    check({"ours": products(args.backend)} | {n: tile_functions(*t) for n, t in tiles.items()})
 
 
 if __name__ == "__main__":

@@ -8,10 +8,14 @@ on what ran before; medians and spreads over the rounds are reported.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
+import os
 import statistics
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +36,37 @@ class Timing:
         return (self.high - self.low) / self.median
 
 
+LOCK = "KERNEL_BENCHMARK_LOCK"  # environment variable: a file by which benchmark processes agree on who uses the device
+PREPARATION_SECONDS = 120  # how long others wait for a process that prepares
+
+
+@contextlib.contextmanager
+def preparing() -> Iterator[None]:
+    """While one of the processes that share the lock file is in here (drawing inputs, compiling), none is in `alone`."""
+    if LOCK not in os.environ:
+        yield
+        return
+    with open(os.environ[LOCK], "a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        late = threading.Timer(PREPARATION_SECONDS, fcntl.flock, (file, fcntl.LOCK_UN))
+        late.start()
+        try:
+            yield
+        finally:
+            late.cancel()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """The device to oneself among the processes that share the lock file."""
+    if LOCK not in os.environ:
+        yield
+        return
+    with open(os.environ[LOCK], "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def has_device_timer() -> bool:
     """True where kernels can be timed by CUPTI."""
     try:
@@ -43,7 +78,7 @@ def has_device_timer() -> bool:
 def compile_all(
     functions: Mapping[str, tuple[Callable[..., Any], Sequence[Any]]], threads: int = 8
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Compiles functions concurrently (the assembler of GPU kernels runs outside the interpreter lock).
+    """Lowers functions in turn and compiles them concurrently (the assembler of GPU kernels runs outside the interpreter lock).
 
     Args:
         functions: name -> (function, arguments).
@@ -52,14 +87,13 @@ def compile_all(
     Returns:
         name -> compiled function, and name -> message for those that failed.
     """
-    compiled, failed = {}, {}
-
-    def build(name):
-        function, arguments = functions[name]
-        return jax.jit(function).lower(*arguments).compile()
-
+    compiled, failed, futures = {}, {}, {}
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        futures = {name: pool.submit(build, name) for name in functions}
+        for name, (function, arguments) in functions.items():
+            try:  # one after another: the lowering of Mosaic kernels shares state between threads
+                futures[name] = pool.submit(jax.jit(function).lower(*arguments).compile)
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
         for name, future in futures.items():
             try:
                 compiled[name] = future.result()

@@ -1,8 +1,7 @@
 """Block-sparse products in plain XLA whose cost falls with density: the CPU path and the fallback everywhere.
 
-For y and dx activations are turned feature-major once, so that the features of a block are contiguous. A loop over output
-block columns then adds up one dot for each stored block; its bounds are read from the topology, so absent blocks cost
-nothing and any pattern is served. (One dot for a group of blocks is hardly faster and takes several times longer to compile.)
+One loop over the stored blocks, each step a dot of token-major slices: absent blocks cost nothing and any pattern is served.
+(Feature-major copies of the activations, or one dot for several blocks of a column, are slower: docs/log.md.)
 
 Legend: E experts, M rows, K/N features, J stored blocks, R/C block rows and columns, k/n features inside a block.
 """
@@ -37,35 +36,33 @@ def accumulating_dot(a, b, contraction, precision):
     return lax.platform_dependent(a, b, cpu=lambda a, b: dot(a.astype(wide), b.astype(wide)), default=dot)
 
 
-def _column_products(x_RkM, values_Jkn, start_C1, inner_J, slot_J, *, transposed, precision):
-    """For every output block column, the sum of its blocks' products, feature-major: [C, n, M]."""
-    accumulator = _accumulator(x_RkM.dtype)
-    contraction = ((1 if transposed else 0,), (0,))
-    zeros = jnp.zeros((values_Jkn.shape[1 if transposed else 2], x_RkM.shape[2]), accumulator)
-    # Zeros that vary over the mesh axes of the operands inside shard_map, as the sums do.
-    like = x_RkM[0, 0, 0] + values_Jkn[0, 0, 0] + (start_C1[0] + inner_J[0]).astype(x_RkM.dtype)
-    zeros = jnp.where(jnp.ones((), bool), zeros, like.astype(accumulator))
-
-    def column(bounds):
-        def add(position, acc):
-            x = lax.dynamic_index_in_dim(x_RkM, inner_J[position], 0, keepdims=False)
-            w = values_Jkn[position if slot_J is None else slot_J[position]]
-            return acc + accumulating_dot(w, x, contraction, precision)
-
-        return lax.fori_loop(*bounds, add, zeros).astype(x_RkM.dtype)
-
-    return lax.map(column, (start_C1[:-1], start_C1[1:]))
+def _zeros(shape, dtype, *operands):
+    """Zeros that vary over the mesh axes of the operands inside shard_map, as sums over them do."""
+    like = sum(a[(0,) * a.ndim].astype(dtype) for a in operands)
+    return jnp.where(jnp.ones((), bool), jnp.zeros(shape, dtype), like)
 
 
 def _one_expert(x_MK, values_Jkn, topology: BlockTopology, *, transposed, precision):
-    m = x_MK.shape[0]
+    blocks = values_Jkn.shape[0]
     if transposed:
-        block_in, start, inner, slot = topology.block_out, topology.row_start, topology.column_index, topology.row_order
+        inner_J, slot_J, start_C1 = topology.column_index, topology.row_order, topology.row_start
+        inner, outer, columns = topology.block_out, topology.block_in, topology.block_rows
     else:
-        block_in, start, inner, slot = topology.block_in, topology.column_start, topology.row_index, None
-    x_RkM = x_MK.T.reshape(-1, block_in, m)
-    y_CnM = _column_products(x_RkM, values_Jkn, start, inner, slot, transposed=transposed, precision=precision)
-    return y_CnM.reshape(-1, m).T
+        inner_J, slot_J, start_C1 = topology.row_index, None, topology.column_start
+        inner, outer, columns = topology.block_in, topology.block_out, topology.block_columns
+    column_J = block_columns_of(start_C1, blocks)
+    contraction = ((1,), (1 if transposed else 0,))
+
+    def add(j, y_MN):
+        x_Mk = lax.dynamic_slice_in_dim(x_MK, inner_J[j] * inner, inner, axis=1)
+        w_kn = values_Jkn[j if slot_J is None else slot_J[j]]
+        place = column_J[j] * outer
+        sum_Mn = lax.dynamic_slice_in_dim(y_MN, place, outer, axis=1)
+        sum_Mn = sum_Mn + accumulating_dot(x_Mk, w_kn, contraction, precision)
+        return lax.dynamic_update_slice_in_dim(y_MN, sum_Mn, place, axis=1)
+
+    zeros_MN = _zeros((x_MK.shape[0], columns * outer), _accumulator(x_MK.dtype), x_MK, values_Jkn, start_C1, inner_J)
+    return lax.fori_loop(0, start_C1[-1], add, zeros_MN).astype(x_MK.dtype)
 
 
 def _over_experts(function, *arguments):
@@ -92,14 +89,19 @@ def sampled_product(x_EMK: jax.Array, dy_EMN: jax.Array, topology: BlockTopology
     """The stored blocks of x^T dy per expert, accumulated in float32, in the dtype of x: one dot per block."""
 
     def one_expert(x_MK, dy_MN, topology):
-        column_J = block_columns_of(topology.column_start, topology.row_index.shape[-1])
+        start_C1, row_J = topology.column_start, topology.row_index
+        block_in, block_out = topology.block_in, topology.block_out
 
-        def block(coordinates):
-            row, column = coordinates
-            x_Mk = lax.dynamic_slice_in_dim(x_MK, row * topology.block_in, topology.block_in, axis=1)
-            dy_Mn = lax.dynamic_slice_in_dim(dy_MN, column * topology.block_out, topology.block_out, axis=1)
-            return accumulating_dot(x_Mk, dy_Mn, ((0,), (0,)), precision).astype(x_MK.dtype)
+        def column(c, out_Jkn):
+            dy_Mn = lax.dynamic_slice_in_dim(dy_MN, c * block_out, block_out, axis=1)
 
-        return lax.map(block, (topology.row_index, column_J))
+            def block(j, out_Jkn):
+                x_Mk = lax.dynamic_slice_in_dim(x_MK, row_J[j] * block_in, block_in, axis=1)
+                return out_Jkn.at[j].set(accumulating_dot(x_Mk, dy_Mn, ((0,), (0,)), precision).astype(x_MK.dtype))
+
+            return lax.fori_loop(start_C1[c], start_C1[c + 1], block, out_Jkn)
+
+        zeros_Jkn = _zeros((row_J.shape[0], block_in, block_out), x_MK.dtype, x_MK, dy_MN, start_C1, row_J)
+        return lax.fori_loop(0, topology.block_columns, column, zeros_Jkn)
 
     return _over_experts(one_expert, x_EMK, dy_EMN, topology)

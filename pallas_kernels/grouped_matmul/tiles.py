@@ -1,6 +1,6 @@
 """Which tile sizes the Hopper kernels use: measured ones per device kind, and a safe default that says so once.
 
-The table is written by hand from the output of `python -m pallas_kernels.benchmark.grouped tune`, which prints the best candidate for each product and shape.
+The table is written by hand from the output of `python scripts/benchmark.py tune --op grouped`, which prints the best candidate for each product and shape.
 
 Legend: K contraction, N outer dim of a product.
 """
@@ -20,7 +20,7 @@ MEASURED_KINDS = ("H100", "H200")
 def _say_once(kind: str) -> None:
     warnings.warn(
         f"grouped_matmul: no tile sizes were measured on {kind!r}; using those of the H100. "
-        "`python -m pallas_kernels.benchmark.grouped tune` measures them.",
+        "`python scripts/benchmark.py tune --op grouped` measures them.",
         stacklevel=3,
     )
 

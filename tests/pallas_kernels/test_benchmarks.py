@@ -1,12 +1,15 @@
 """The benchmark commands on tiny problems: they run, their numbers add up, their files are written."""
 
 import json
+import pathlib
+import threading
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.benchmark import block_sparse, feed_forward, grouped
+from pallas_kernels.benchmark import block_sparse, feed_forward, fused, grouped, parts, timing
 from pallas_kernels.grouped_matmul import grouped_feed_forward
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="tiny problems say nothing on an accelerator")
@@ -23,7 +26,7 @@ def test_routes_are_plans_of_the_routed_feed_forward():
 
 @pytest.mark.slow
 def test_feed_forward_rows_count_what_is_stored():
-    rows = feed_forward.run(64, 32, 64, rounds=1)
+    rows = feed_forward.run(tokens=64, model=32, active=64)
     assert [row["what"] for row in rows] == ["dense", "E16 S2", "E64 S8", "E256 S32"]
     # x, gate and up in float32: 64 * (32 + 2 * 64) * 4 bytes.
     assert rows[0]["stored_mb"] == pytest.approx(64 * 160 * 4 / 1e6)
@@ -32,27 +35,77 @@ def test_feed_forward_rows_count_what_is_stored():
 
 
 @pytest.mark.slow
-def test_block_sparse_table_and_files(tmp_path):
+def test_block_sparse_rows_and_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    cases = [block_sparse.Case(128, 128, 128, 64, d) for d in (1.0, 0.5)]
-    result = block_sparse.run(str(tmp_path / "table.json"), str(tmp_path / "table.png"), cases)
-    assert json.loads((tmp_path / "table.json").read_text())["rows"] == result["rows"]
-    products = {row["product"] for row in result["rows"]}
-    assert products == {"forward", "dx", "dvalues", "norms", "all three"}
-    assert all(row["error"] <= 1e-6 for row in result["rows"] if row.get("error") is not None)
+    cases = [block_sparse.Case(128, 128, 128, 64, d, dtype="float32") for d in (1.0, 0.5)]
+    rows = [row for case in cases for row in block_sparse.measure(case, rounds=1)]
+    assert [row["product"] for row in rows] == [
+        *("forward", "dx", "dvalues", "norms", "all three"),
+        *("forward", "dx", "dvalues", "all three"),
+    ]
+    assert all(row["error"] <= 1e-6 for row in rows if row.get("error") is not None)
+    assert all(np.isclose(row["speedup"], row["dense_ms"] / row["ms"]) for row in rows)
+    block_sparse.draw(rows, tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 0
 
 
 @pytest.mark.slow
-def test_grouped_table_and_files(tmp_path, monkeypatch):
+def test_grouped_rows_and_picture(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(grouped.SHAPES, "cpu", (256, 16, 32, 4))
-    grouped.main(["table", "--rounds", "1", "--json", str(tmp_path / "t.json"), "--picture", str(tmp_path / "t.png")])
-    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    rows = grouped.parts(None)["cpu"]()
     assert {(r["skew"], r["product"], r["label"]) for r in rows} == {
         (skew, product, label)
         for skew in ("uniform", "zipf")
         for product in ("forward", "dx", "dw")
         for label in ("dense", "ours")
     }
-    assert (tmp_path / "t.png").stat().st_size > 0
+    grouped.draw(rows, tmp_path / "table.png")
+    assert (tmp_path / "table.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_fused_forms_and_their_plain_forms_agree(monkeypatch):
+    monkeypatch.setitem(grouped.SHAPES, "cpu", (256, 16, 32, 4))
+    for what, forms in fused.pairs("cpu", np.float32).items():
+        one, other = (np.asarray(function(*arguments)) for function, arguments in forms.values())
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=what)
+    assert set(fused.parts(None)) == set(fused.pairs("cpu", np.float32))
+    assert [row["form"] for row in fused.run("SwiGLU")] == ["one kernel", "two products"]
+
+
+def test_parts_run_in_processes_of_their_own_and_a_failure_is_not_a_number(tmp_path, monkeypatch, capfd):
+    ran = []
+    monkeypatch.setattr(
+        parts.subprocess,
+        "run",
+        lambda command, **options: (
+            ran.append((command[3:5], options["env"][timing.LOCK])),
+            "b64" in command[4] and pathlib.Path(command[5]).write_text('[{"ms": 1.0}]'),
+            types.SimpleNamespace(stdout="said\n"),
+        )[-1],
+    )
+    found = parts.run("block_sparse", json_path=str(tmp_path / "table.json"))
+    names = ["2048x2048x2048 b64 float32 binomial 0.1", "2048x2048x2048 b128 float32 binomial 0.1"]
+    assert sorted(command for command, _ in ran) == sorted(["block_sparse", name] for name in names)
+    assert len({lock for _, lock in ran}) == 1
+    assert found["rows"] == [{"ms": 1.0}]  # the part that wrote nothing has no rows
+    assert json.loads((tmp_path / "table.json").read_text()) == found
+    assert f"--- block_sparse {names[1]}\nsaid" in capfd.readouterr().out
+
+
+def test_nothing_is_timed_while_another_process_prepares(tmp_path, monkeypatch):
+    monkeypatch.setenv(timing.LOCK, str(tmp_path / "lock"))
+    events = []
+
+    def time_alone():
+        with timing.alone():
+            events.append("alone")
+
+    with timing.preparing(), timing.preparing():  # several may prepare
+        thread = threading.Thread(target=time_alone)
+        thread.start()
+        thread.join(0.05)
+        events.append("prepared")
+    thread.join()
+    assert events == ["prepared", "alone"]
