@@ -391,8 +391,9 @@ class Watchdog(threading.Thread):
             verdict = f"{cluster.name(index)} hangs: {activity!r} for {stalled_s:.0f} s ({limit})", RESUMABLE
         if verdict is not None:
             self._client.key_value_set("first/verdict", json.dumps(verdict), allow_overwrite=True)
-            # The service lives in this process: the others must have read the verdict before it ends.
-            self._end(*verdict, grace_s=4 * BEAT_S)
+            # The service lives in this process: the others must have read the verdict before it ends, and a process that
+            # failed must have ended by itself (see `Cluster.fail`), or it would lose its own words and exit code.
+            self._end(*verdict, grace_s=8 * BEAT_S)
 
     def _follow(self, judge: Judge) -> None:
         """Other processes: read the verdict, and watch process 0."""

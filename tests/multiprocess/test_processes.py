@@ -82,6 +82,7 @@ def test_a_run_of_one_process_goes_on_in_two_and_back(whole: pathlib.Path, folde
     np.testing.assert_allclose(losses(run_dir)[STEPS], losses(whole)[STEPS], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_when_process_0_dies_the_other_says_so(folder: pathlib.Path) -> None:
     run_dir = folder / "first_dies"
     kill = ("at_step", 3, "signal_self", "SIGKILL")
@@ -89,6 +90,7 @@ def test_when_process_0_dies_the_other_says_so(folder: pathlib.Path) -> None:
     assert re.search(r"stopped: (no sign of life .* from )?process 0 \(\S+, pid \d+\)", logs(run_dir)[1])
 
 
+@pytest.mark.slow
 def test_a_frozen_process_stops_the_others(folder: pathlib.Path) -> None:
     run_dir = folder / "frozen"
     children = pair(folder, run_dir, (), ("at_step", 3, "signal_self", "SIGSTOP"))
@@ -117,6 +119,7 @@ def test_an_error_of_one_process_ends_all_with_its_words(folder: pathlib.Path) -
     assert re.search(pattern, logs(run_dir)[0])
 
 
+@pytest.mark.slow
 def test_all_agree_on_a_run_that_is_not_finite(folder: pathlib.Path) -> None:
     run_dir = folder / "diverged"
     assert run_all(*pair(folder, run_dir, ("poison", 5), ("poison", 5), train__skip_limit=1)) == [2, 2]
