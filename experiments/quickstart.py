@@ -25,7 +25,13 @@ def quickstart() -> Recipe:
     """
     return Recipe(
         name="quickstart",
-        data=DataConfig(sources=(Packaged(),), tokenizer=BPE(vocab_size=4096), sequence_length=128, batch_size=16),
+        data=DataConfig(
+            # Six windows of documentation to one of speeches: its forms repeat, so more of it is worth more.
+            sources=(Packaged(api_docs=False), Packaged(speeches=False, weight=6.0)),
+            tokenizer=BPE(vocab_size=4096),
+            sequence_length=128,
+            batch_size=16,
+        ),
         model=Model(
             vocab_size=4096,
             d_model=128,
@@ -47,9 +53,9 @@ def quickstart() -> Recipe:
             precision="float32",
             schedule=WarmupStableDecay(warmup_steps=40, decay_fraction=0.5),
         ),
-        train=Train(steps=500),
-        validation=Validation(every=250, tokens_per_domain=8192, overlap=64),
-        checkpoint=Checkpoints(every=250),
+        train=Train(steps=560),
+        validation=Validation(every=280, tokens_per_domain=8192, overlap=64),
+        checkpoint=Checkpoints(every=280),
         log=LogConfig(log_every=20),
     )
 
