@@ -42,10 +42,9 @@ def _for_each_tile(groups: RowGroups, g, rows: int, heights, body, carry):
     return carry
 
 
-def _read(x_RK, index_A, first, height):
-    if index_A is None:
-        return lax.dynamic_slice_in_dim(x_RK, first, height)
-    return jnp.take(x_RK, lax.dynamic_slice_in_dim(index_A, first, height), axis=0, mode="clip")
+def _gathered(x_RK, index_A):
+    """Rows in sorted order. One gather runs on all cores; one per tile, inside the loop, made a whole training step 13% slower."""
+    return x_RK if index_A is None else jnp.take(x_RK, index_A, axis=0, mode="clip")
 
 
 def _write(out_ON, index_A, first, own_T, y_TN):
@@ -65,16 +64,13 @@ def _dot(a, b, contract, precision):
     )
 
 
-def _rows(x_RK, index_A) -> int:
-    return x_RK.shape[0] if index_A is None else index_A.shape[0]
-
-
 def product(
     x_RK, w_WKN, groups: RowGroups, row_index_A, output_index_A, *, transpose: bool, output_rows: int, precision=None
 ):
     """y[out(a)] = x[in(a)] @ w[group of a] (or its transpose); rows of no group are zero."""
-    rows = _rows(x_RK, row_index_A)
-    out_ON = jnp.zeros((output_rows, w_WKN.shape[1 if transpose else 2]), x_RK.dtype)
+    x_AK = _gathered(x_RK, row_index_A)
+    rows = x_AK.shape[0]
+    out_ON = jnp.zeros((output_rows, w_WKN.shape[1 if transpose else 2]), x_AK.dtype)
     if rows == 0:
         return out_ON
     heights = tile_heights(rows, groups.size_G.shape[0])
@@ -83,7 +79,9 @@ def product(
         w_KN = lax.dynamic_index_in_dim(w_WKN, groups.weight_G[g], keepdims=False)
 
         def tile(out_ON, first, own_T, height):
-            y_TN = _dot(_read(x_RK, row_index_A, first, height), w_KN, ((1,), (1 if transpose else 0,)), precision)
+            y_TN = _dot(
+                lax.dynamic_slice_in_dim(x_AK, first, height), w_KN, ((1,), (1 if transpose else 0,)), precision
+            )
             return _write(out_ON, output_index_A, first, own_T, y_TN)
 
         return _for_each_tile(groups, g, rows, heights, tile, out_ON)
@@ -99,20 +97,20 @@ def summed_product(x_AK, x2_AK, w_WKN, w2_WKN, groups: RowGroups, *, transpose: 
 
 def weight_gradient(x_RK, dy_ON, groups: RowGroups, row_index_A, output_index_A, *, precision=None):
     """dw[g] = x(rows of g)^T dy(rows of g), one matrix per group, accumulated in float32."""
-    rows, count = _rows(x_RK, row_index_A), groups.size_G.shape[0]
-    rows = _rows(dy_ON, output_index_A) if row_index_A is None and output_index_A is not None else rows
-    out_GKN = jnp.zeros((count, x_RK.shape[1], dy_ON.shape[1]), x_RK.dtype)
+    x_AK, dy_AN = _gathered(x_RK, row_index_A), _gathered(dy_ON, output_index_A)
+    rows, count = x_AK.shape[0], groups.size_G.shape[0]
+    out_GKN = jnp.zeros((count, x_AK.shape[1], dy_AN.shape[1]), x_AK.dtype)
     if rows == 0:
         return out_GKN
     heights = tile_heights(rows, count)
 
     def group(g, out_GKN):
         def tile(sum_KN, first, own_T, height):
-            x_TK = jnp.where(own_T[:, None], _read(x_RK, row_index_A, first, height), 0)
-            dy_TN = jnp.where(own_T[:, None], _read(dy_ON, output_index_A, first, height), 0)
+            x_TK = jnp.where(own_T[:, None], lax.dynamic_slice_in_dim(x_AK, first, height), 0)
+            dy_TN = jnp.where(own_T[:, None], lax.dynamic_slice_in_dim(dy_AN, first, height), 0)
             return sum_KN + _dot(x_TK, dy_TN, ((0,), (0,)), precision)
 
-        zero_KN = jnp.zeros(out_GKN.shape[1:], jnp.promote_types(x_RK.dtype, jnp.float32))
+        zero_KN = jnp.zeros(out_GKN.shape[1:], jnp.promote_types(x_AK.dtype, jnp.float32))
         sum_KN = _for_each_tile(groups, g, rows, heights, tile, zero_KN)
         return lax.dynamic_update_index_in_dim(out_GKN, sum_KN.astype(out_GKN.dtype), g, 0)
 
@@ -121,8 +119,9 @@ def weight_gradient(x_RK, dy_ON, groups: RowGroups, row_index_A, output_index_A,
 
 def swiglu(x_RK, gate_WKN, up_WKN, groups: RowGroups, row_index_A, *, save: bool, precision=None):
     """h = silu(x @ gate) * (x @ up) per group, both products of a tile while its rows are at hand; with `save` also the products."""
-    rows = _rows(x_RK, row_index_A)
-    outs = tuple(jnp.zeros((rows, gate_WKN.shape[2]), x_RK.dtype) for _ in range(3 if save else 1))
+    x_AK = _gathered(x_RK, row_index_A)
+    rows = x_AK.shape[0]
+    outs = tuple(jnp.zeros((rows, gate_WKN.shape[2]), x_AK.dtype) for _ in range(3 if save else 1))
     if rows == 0:
         return outs
     heights = tile_heights(rows, groups.size_G.shape[0])
@@ -131,7 +130,7 @@ def swiglu(x_RK, gate_WKN, up_WKN, groups: RowGroups, row_index_A, *, save: bool
         gate_KN, up_KN = (lax.dynamic_index_in_dim(w, groups.weight_G[g], keepdims=False) for w in (gate_WKN, up_WKN))
 
         def tile(outs, first, own_T, height):
-            x_TK = _read(x_RK, row_index_A, first, height)
+            x_TK = lax.dynamic_slice_in_dim(x_AK, first, height)
             g_TN, u_TN = (_dot(x_TK, w, ((1,), (0,)), precision) for w in (gate_KN, up_KN))
             values = (jax.nn.silu(g_TN) * u_TN, g_TN, u_TN)[: len(outs)]
             return tuple(_write(o, None, first, own_T, v) for o, v in zip(outs, values))

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from sparse_lm.layers.row_lookup import row_lookup, sum_by_scattering, sum_by_sorting
 
-
 COMPILED = [jax.jit(sums, static_argnames="rows") for sums in (sum_by_sorting, sum_by_scattering)]
 lengths = st.sampled_from([1, 2, 17, 40])  # each length is a program of its own
 
