@@ -26,8 +26,8 @@ def quickstart() -> Recipe:
     return Recipe(
         name="quickstart",
         data=DataConfig(
-            # Six windows of documentation to one of speeches: its forms repeat, so more of it is worth more.
-            sources=(Packaged(api_docs=False), Packaged(speeches=False, weight=6.0)),
+            # Ten windows of documentation to one of speeches: its forms repeat, so more of it is worth more.
+            sources=(Packaged(api_docs=False), Packaged(speeches=False, weight=10.0)),
             tokenizer=BPE(vocab_size=4096),
             sequence_length=128,
             batch_size=16,
@@ -35,7 +35,7 @@ def quickstart() -> Recipe:
         model=Model(
             vocab_size=4096,
             d_model=128,
-            layers=3,
+            layers=2,
             attention=Attention(heads=2, head_dim=64),
             pattern=(MoEFeedForward(experts=8, hidden=128, router=TopKRouter(k=2)),),
             memory=Engram(
@@ -43,19 +43,19 @@ def quickstart() -> Recipe:
                 orders=(2, 3, 4),
                 heads=2,
                 width=64,
-                rows=65_536,
+                rows=131_072,
                 optimizer=RowAdagrad(learning_rate=20.0),
             ),
             tied_embeddings=True,
         ),
         optimizer=Muon(
-            learning_rate=0.016,
+            learning_rate=0.02,
             precision="float32",
             schedule=WarmupStableDecay(warmup_steps=40, decay_fraction=0.5),
         ),
-        train=Train(steps=560),
-        validation=Validation(every=280, tokens_per_domain=8192, overlap=64),
-        checkpoint=Checkpoints(every=280),
+        train=Train(steps=850),
+        validation=Validation(every=425, tokens_per_domain=8192, overlap=64),
+        checkpoint=Checkpoints(every=425),
         log=LogConfig(log_every=20),
     )
 
