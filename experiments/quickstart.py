@@ -26,8 +26,8 @@ def quickstart() -> Recipe:
     return Recipe(
         name="quickstart",
         data=DataConfig(
-            # Ten windows of documentation to one of speeches: its forms repeat, so more of it is worth more.
-            sources=(Packaged(api_docs=False), Packaged(speeches=False, weight=10.0)),
+            # Twelve windows of documentation to one of speeches: its forms repeat, so more of it is worth more.
+            sources=(Packaged(api_docs=False), Packaged(speeches=False, weight=12.0)),
             tokenizer=BPE(vocab_size=4096),
             sequence_length=128,
             batch_size=16,
@@ -53,9 +53,9 @@ def quickstart() -> Recipe:
             precision="float32",
             schedule=WarmupStableDecay(warmup_steps=40, decay_fraction=0.5),
         ),
-        train=Train(steps=850),
-        validation=Validation(every=425, tokens_per_domain=8192, overlap=64),
-        checkpoint=Checkpoints(every=425),
+        train=Train(steps=920),
+        validation=Validation(every=460, tokens_per_domain=8192, overlap=64),
+        checkpoint=Checkpoints(every=460),
         log=LogConfig(log_every=20),
     )
 
