@@ -51,11 +51,12 @@ def quickstart() -> Recipe:
         optimizer=Muon(
             learning_rate=0.02,
             precision="float32",
+            iterations=3,
             schedule=WarmupStableDecay(warmup_steps=40, decay_fraction=0.5),
         ),
-        train=Train(steps=920),
-        validation=Validation(every=460, tokens_per_domain=8192, overlap=64),
-        checkpoint=Checkpoints(every=460),
+        train=Train(steps=880),
+        validation=Validation(every=440, tokens_per_domain=8192, overlap=80),
+        checkpoint=Checkpoints(every=440),
         log=LogConfig(log_every=20),
     )
 
