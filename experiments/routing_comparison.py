@@ -1,5 +1,8 @@
 """Compares routers at equal tokens: python -m experiments.routing_comparison --out DIR [--smoke] [--seconds 230].
 
+Parts of it may run in processes or on machines of their own, each with `--routers NAMES --out DIR_i`; then
+`--join DIR_1 DIR_2 ... --out DIR` makes the table of all of them.
+
 Every router trains the same small model as one population. First its learning rate is tuned (three rates, two seeds); then six other
 seeds, the same for all routers, train at the best rate, so that differences between routers are paired: equal seeds share initial
 values wherever the models are equal, and all members read the same data in the same order. Experts are sized so that the nominal
@@ -24,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.routing_report import compare, interval, write
 from sparse_lm.accounting import account, measured_in
 from sparse_lm.data.packaged import Packaged
 from sparse_lm.data.pipeline import DataConfig, prepare, train_stream
@@ -42,32 +46,29 @@ from sparse_lm.routing.variable import ExpertChoiceRouter, ExpertThresholdRouter
 from sparse_lm.train.optimizer import AdamW
 from sparse_lm.train.population import Population
 from sparse_lm.train.schedule import WarmupStableDecay
-from sparse_lm.train.state import initial_state
+from sparse_lm.train.state import fresh_state, member_keys
 from sparse_lm.train.step import PULSE, Train, build_step
 from sparse_lm.train.validation import MODEL_ARRAYS, build_eval_step, document_losses
 
-STUDENT = {4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
-"""97.5% quantiles of Student's t by degrees of freedom."""
 TUNING_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4, 5)
-BASELINE = "top_k"
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Sizes of the comparison."""
+    """Sizes of the comparison: multiples of 128, which the Hopper kernels take; on others a GPU loops over the groups in plain XLA."""
 
     experts: int = 16
-    hidden: int = 192
+    hidden: int = 256
     k: int = 2
     d_model: int = 256
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
     length: int = 256
-    batch: int = 32
-    steps: int = 600
+    batch: int = 16
+    steps: int = 400
     vocabulary: int = 4096
     dtype: str = "bfloat16"
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     multipliers: tuple[float, ...] = (0.5, 1.0, 2.0)
     validation_tokens: int = 65536
 
@@ -129,24 +130,26 @@ class Arm:
         self.train = train
         transformation = self.optimizer.build(self.definition.dims)
 
-        def create(seed: jax.Array) -> Any:
-            return initial_state(self.definition, transformation, seed, with_ema=False)
+        def around(params: Any, key: jax.Array) -> Any:
+            return fresh_state(self.definition, transformation, params, key, with_ema=False)
 
-        self.create = jax.jit(jax.vmap(create))
+        self._around = jax.jit(jax.vmap(around), donate_argnums=0)
         self.evaluate = build_eval_step(self.definition, Population(seeds=SEEDS))
+
+    def create(self, seeds: jax.Array) -> Any:
+        """Returns the state of step 0 of all members."""
+        init_keys, run_keys = jax.vmap(member_keys)(seeds)
+        return self._around(self.definition.initial_params(init_keys), run_keys)
 
     def compile(self) -> float:
         """Compiles creation, step and evaluation; returns the seconds."""
         start = time.perf_counter()
         step = jax.vmap(build_step(self.definition, self.optimizer, self.train), in_axes=(0, None, 0))
-        seeds = jax.ShapeDtypeStruct((self.members,), jnp.uint32)
         rates = jax.ShapeDtypeStruct((self.members,), jnp.float32)
         shape = jax.ShapeDtypeStruct((self.setup.batch, self.setup.length), jnp.int32)
-        state = jax.eval_shape(self.create, seeds)
-        self.create = self.create.lower(seeds).compile()
-        batch = dict.fromkeys(MODEL_ARRAYS, shape)
-        self.step = jax.jit(step, donate_argnums=0).lower(state, batch, rates).compile()
         first = self.create(jnp.arange(self.members, dtype=jnp.uint32))
+        batch = dict.fromkeys(MODEL_ARRAYS, shape)
+        self.step = jax.jit(step, donate_argnums=0).lower(first, batch, rates).compile()
         empty = dict.fromkeys(MODEL_ARRAYS, np.zeros((self.setup.batch, self.setup.length), np.int32))
         jax.block_until_ready(self.evaluate(first.params, first.model_state, empty))
         return time.perf_counter() - start
@@ -181,11 +184,6 @@ def held_out(arm: Arm, state: Any, dataset: Any, data: DataConfig, setup: Setup)
     return np.asarray(nats) / max(tokens, 1)
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Returns (mean, half width of the 95% interval) of independent values."""
-    return float(values.mean()), float(STUDENT[len(values) - 1] * values.std(ddof=1) / math.sqrt(len(values)))
-
-
 def summary(arm: Arm, tuning: dict[str, Any], final: dict[str, Any], setup: Setup) -> dict[str, Any]:
     """Returns what the table says of one arm."""
     late = final["rows"][-max(1, len(final["rows"]) // 5) :]
@@ -216,83 +214,21 @@ def summary(arm: Arm, tuning: dict[str, Any], final: dict[str, Any], setup: Setu
     }
 
 
-def compare(results: dict[str, dict[str, Any]]) -> None:
-    """Adds paired differences: causal arms from the baseline, the others from the first of their own kind."""
-    others = [name for name, row in results.items() if not row["causal"]]
-    for name, row in results.items():
-        base = BASELINE if row["causal"] else others[0]
-        if base in results and name != base:
-            difference = np.array(row["losses"]) - np.array(results[base]["losses"])
-            row["difference"] = {"from": base, "mean": interval(difference)}
+def joined(folders: list[pathlib.Path]) -> dict[str, Any]:
+    """Returns the report of several parts.
 
-
-def markdown(report: dict[str, Any]) -> str:
-    """Renders the table."""
-    results, setup = report["results"], report["setup"]
-    lines = [
-        "# Routers compared",
-        "",
-        f"{report['device']}, JAX {report['jax']}, {report['date']}. `{report['command']}`",
-        "",
-        f"{setup['layers']} layers, D = {setup['d_model']}, {setup['experts']} experts of {setup['hidden']} units, K = {setup['k']} (switch: half as many, "
-        f"twice as large, K = 1), {report['tokens'] / 1e6:.2f} M tokens a member ({report['unique_tokens'] / 1e6:.2f} M unique), "
-        f"{len(SEEDS)} paired seeds at a learning rate tuned on {len(TUNING_SEEDS)} other seeds. Loss: nats a token on held-out text, mean and 95% "
-        "interval over seeds; difference: paired. FLOPs: measured, training, a token. tokens/s: the whole population.",
-        "",
-    ]
-    header = "| router | learning rate | held-out loss | difference | MFLOPs | experts a token | MaxVio | dropped | tokens/s |"
-    for causal, title in (
-        (True, "## Causal"),
-        (False, "## Not causal: their loss sees the future; compare among themselves only"),
-    ):
-        rows = {name: row for name, row in results.items() if row["causal"] is causal}
-        if not rows:
-            continue
-        lines += [title, "", header, "| --- |" + " ---: |" * 8]
-        for name, row in sorted(rows.items(), key=lambda item: item[1]["loss"][0]):
-            mean, half = row["loss"]
-            change = row.get("difference")
-            difference = f"{change['mean'][0]:+.4f} ± {change['mean'][1]:.4f}" if change else "-"
-
-            def cell(value: float | None, form: str) -> str:
-                return "-" if value is None else format(value, form)
-
-            edge = " (edge)" if row["learning_rate_at_edge"] else ""
-            lines.append(
-                f"| {name} | {row['learning_rate']:.1e}{edge} | {mean:.4f} ± {half:.4f} | {difference} | {row['flops_per_token'] / 1e6:.1f} | "
-                f"{cell(row['experts_per_token'], '.2f')} | {cell(row['max_violation'], '.2f')} | {cell(row['dropped'], '.2%')} | "
-                f"{row['tokens_per_s']:,.0f} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
-
-
-def picture(report: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws held-out losses with intervals, and the training curves."""
-    from matplotlib.figure import Figure
-
-    frame = Figure(figsize=(10, 4), layout="constrained")
-    left, right = frame.subplots(1, 2)
-    ordered = sorted(report["results"].items(), key=lambda item: (not item[1]["causal"], item[1]["loss"][0]))
-    for y, (name, row) in enumerate(ordered):
-        colour = f"C{y}"
-        mean, half = row["loss"]
-        left.errorbar(mean, y, xerr=half, fmt="o" if row["causal"] else "s", color=colour, capsize=3)
-        left.plot(row["losses"], [y + 0.18] * len(row["losses"]), "|", color=colour, alpha=0.6)
-        curve = np.array(row["curve"])
-        window = max(1, len(curve) // 40)
-        smooth = np.convolve(curve, np.ones(window) / window, "valid")
-        right.plot(
-            np.arange(len(smooth)) + window, smooth, color=colour, label=name, linestyle="-" if row["causal"] else "--"
-        )
-    left.set_yticks(range(len(ordered)), [name if row["causal"] else f"{name} (not causal)" for name, row in ordered])
-    left.invert_yaxis()
-    left.set_xlabel("held-out loss, nats a token; bars: 95% over seeds, ticks: seeds")
-    right.set_xlabel("step")
-    right.set_ylabel("training loss, mean of seeds")
-    right.set_ylim(top=float(np.percentile([row["curve"] for _, row in ordered], 90)))
-    right.legend(fontsize=8)
-    frame.savefig(path)
+    Raises:
+      ValueError: the parts differ in sizes, data or device.
+    """
+    parts = [json.loads((folder / "routing_comparison.json").read_text()) for folder in folders]
+    for name in ("setup", "tokens", "unique_tokens", "device", "jax"):
+        if any(part[name] != parts[0][name] for part in parts):
+            raise ValueError(f"--join: {name} differs between {', '.join(map(str, folders))}")
+    found = {name: row for part in parts for name, row in part["results"].items()}
+    # In the order of the arms, which says what the others are compared with.
+    results = {name: found[name] for name in arms(Setup(**parts[0]["setup"])) if name in found}
+    compare(results)
+    return {**parts[0], "seconds": max(part["seconds"] for part in parts), "results": results}
 
 
 def tune(arm: Arm, batches: list[Any], setup: Setup) -> dict[str, Any]:
@@ -326,7 +262,11 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="steps of each run")
     parser.add_argument("--routers", nargs="*", help="arms to run; default all")
     parser.add_argument("--data-directory", default="data", help="where prepared data is kept")
+    parser.add_argument("--join", nargs="+", type=pathlib.Path, help="make the table of these folders' results instead")
     options = parser.parse_args()
+    if options.join:
+        write(joined(options.join), options.out)
+        return 0
     began = time.perf_counter()
     setup = SMOKE if options.smoke else Setup()
     if options.steps:
@@ -383,16 +323,13 @@ def main() -> int:
         "date": time.strftime("%Y-%m-%d"),
         "command": "python -m experiments.routing_comparison " + " ".join(sys.argv[1:]),
         "setup": dataclasses.asdict(setup),
+        "seeds": [len(TUNING_SEEDS), len(SEEDS)],
         "tokens": setup.steps * setup.batch * setup.length,
         "unique_tokens": dataset.train_tokens,
         "seconds": time.perf_counter() - began,
         "results": results,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "routing_comparison.json").write_text(json.dumps(report, indent=1) + "\n")
-    if results:
-        (options.out / "routing_comparison.md").write_text(markdown(report))
-        picture(report, options.out / "routing_comparison.svg")
+    write(report, options.out)
     say(f"{len(results)} of {len(made)} arms in {report['seconds']:.0f} s; written to {options.out}")
     return 0 if results else 1
 

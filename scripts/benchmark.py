@@ -1,7 +1,9 @@
 """Benchmarks: `kernels` times kernels against dense products and other libraries, `tune` finds tilings, `train` times a recipe,
-`memory` times tables of several sizes, `checkpoint` saves and restores, `scaling` compares all devices with one.
+`routing` times a
+mixture-of-experts layer, `memory` times tables of several sizes, `checkpoint` saves and restores, `scaling` compares all devices with one.
 
 python scripts/benchmark.py train dense_400m --loop-steps 60 --json docs/benchmarks/training.json
+python scripts/benchmark.py routing --json docs/benchmarks/routing_h100.json
 python scripts/benchmark.py memory quickstart --with memory=engram --with row_optimizer=row_adagrad
 python scripts/benchmark.py scaling dense_1b --json docs/benchmarks/scaling.json
 python scripts/benchmark.py kernels --op block_sparse --json docs/benchmarks/block_sparse_h100.json --picture docs/benchmarks/block_sparse_h100.png
@@ -101,6 +103,13 @@ def checkpoints(options: argparse.Namespace) -> None:
         pathlib.Path(options.json).write_text(text + "\n")
 
 
+def routing(options: argparse.Namespace) -> None:
+    """Times a mixture-of-experts layer against a dense one of equal active size, on several libraries' products."""
+    from sparse_lm.routing import benchmark
+
+    benchmark.run(only=options.only, seconds=options.seconds, path=options.json)
+
+
 def scaling(arguments: list[str]) -> int:
     """Times a recipe on one device and over data and fsdp of all devices, and compares steps over every axis with one device."""
     from experiments import command_line
@@ -160,6 +169,11 @@ def main(arguments: list[str] | None = None) -> None:
                 "--jobs", type=int, help="processes at a time; default: all of them on a GPU, else one"
             )
     commands.add_parser("train", help=training.__doc__, add_help=False)
+    command = commands.add_parser("routing", help=routing.__doc__)
+    command.add_argument("--seconds", type=float, default=1e9, help="begin no line after so long")
+    command.add_argument("--only", nargs="+", default=(), help="names of lines; default all")
+    command.add_argument("--json", help="write the numbers to this file")
+    command.set_defaults(function=routing)
     command = commands.add_parser("checkpoint", help=checkpoints.__doc__)
     command.add_argument("--gigabytes", type=float, default=2.0, help="size of the state")
     command.add_argument("--directory", help="a folder on the disk to be measured; default: that of temporary files")

@@ -127,7 +127,9 @@ def _backward(static, residuals, dout_TD):
     dup_EDF = weight_gradient(x_TD, dup_AF, groups, token_A, None)
     dx_AD = _operation(static, "summed_product", transpose=True)(dgate_AF, dup_AF, gate_EDF, up_EDF, groups)
     dx_TD = sum_rows(dx_AD, row_TS).astype(dtype)
-    dweight_TS = dweight_A.astype(jnp.float32).at[row_TS].get(mode="fill", fill_value=0)
+    # Without the barrier XLA computes the sum over F inside whatever scatters the result: 3.2 ms instead of some 0.5 at the shape of OLMoE.
+    dweight_A = jax.lax.optimization_barrier(dweight_A.astype(jnp.float32))
+    dweight_TS = dweight_A.at[row_TS].get(mode="fill", fill_value=0)
     return dx_TD, dgate_EDF, dup_EDF, ddown_EFD, dweight_TS, None, None, None
 
 

@@ -1,7 +1,8 @@
 """Executing a plan where one device owns every expert: sort, gather, compute, gather-sum. No scatter with duplicate indices.
 
-The backward of the gather is the same gather-sum as the combine, and the backward of the combine is a gather, so a training
-step is deterministic on every backend.
+Experts that offer gather, products and gather-sum as one operation are asked for that; it stores the tokens and the products of their
+width, never sorted copies of tokens or outputs. Otherwise the steps follow each other here: the backward of the gather is the same
+gather-sum as the combine, and the backward of the combine is a gather. Either way a training step is deterministic on every backend.
 
 Legend: T tokens, D model, A assignments in all, R most assignments of one token, E experts.
 """
@@ -123,7 +124,6 @@ def sort_by_expert(plan: RoutingPlan) -> Order:
     group_G1 = jnp.arange(groups, dtype=jnp.int32)[:, None]
     expert_A = plan.expert_GA.reshape(-1)
     order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
-    boundaries = jnp.searchsorted(expert_A[order_A], jnp.arange(plan.experts + 1, dtype=jnp.int32))
     row_of_A = jnp.zeros((total,), jnp.int32).at[order_A].set(jnp.arange(total, dtype=jnp.int32), unique_indices=True)
     weight_A = plan.weight_GA.reshape(-1)
 
@@ -139,40 +139,45 @@ def sort_by_expert(plan: RoutingPlan) -> Order:
         row_TR=row_TR,
         weight_TR=jnp.where(absent_TR, 0.0, weight_A.at[slot_TR].get(mode="clip")),
         slot_A=slot_A,
-        sizes_E=jnp.diff(boundaries).astype(jnp.int32),
+        sizes_E=jnp.zeros((plan.experts,), jnp.int32).at[expert_A].add(1, mode="drop"),
     )
 
 
-def dispatch_local(
-    x_TD: jax.Array, plan: RoutingPlan, experts: Callable[[jax.Array, jax.Array], jax.Array]
-) -> jax.Array:
+Rows = Callable[[jax.Array, jax.Array], jax.Array]
+"""(rows sorted by expert [A, D], group sizes int32 [E]) -> rows [A, D]; rows past the sum of sizes are zero."""
+Tokens = Callable[[jax.Array, Order], jax.Array]
+"""(tokens [T, D], order) -> [T, D], the weighted sum of each token's expert outputs."""
+
+
+def dispatch_local(x_TD: jax.Array, plan: RoutingPlan, on_rows: Rows, on_tokens: Tokens | None = None) -> jax.Array:
     """Executes a plan on one device.
 
     Args:
       x_TD: tokens of all groups, in group order (T = G * S).
       plan: the routing plan.
-      experts: maps (rows sorted by expert [A, D], group sizes int32 [E]) to rows [A, D]; rows past the sum of sizes are zero.
+      on_rows: the experts on sorted rows.
+      on_tokens: the same experts from tokens to tokens, where they offer that as one operation.
 
     Returns:
       [T, D]: the weighted sum of each token's expert outputs; zero for tokens without a live assignment.
     """
     order = sort_by_expert(plan)
-    y_AD = experts(gather_rows(x_TD, order.token_A, order.row_TR), order.sizes_E)
+    if on_tokens is not None:
+        return on_tokens(x_TD, order)
+    y_AD = on_rows(gather_rows(x_TD, order.token_A, order.row_TR), order.sizes_E)
     return combine(y_AD, order.weight_TR, order.row_TR, order.token_A, order.slot_A)
 
 
-def dispatch_reference(
-    x_TD: jax.Array, mask_GSE: jax.Array, experts: Callable[[jax.Array, jax.Array], jax.Array]
-) -> jax.Array:
+def dispatch_reference(x_TD: jax.Array, mask_GSE: jax.Array, on_rows: Rows) -> jax.Array:
     """The oracle: every expert computes every token, weighted by the dense mask.
 
     Args:
       x_TD: tokens of all groups.
       mask_GSE: `plan.dense_mask`.
-      experts: the same function as in `dispatch_local`.
+      on_rows: as in `dispatch_local`.
     """
     tokens, experts_count = x_TD.shape[0], mask_GSE.shape[-1]
     mask_TE = mask_GSE.reshape(tokens, experts_count)
     sizes_E = jnp.full((experts_count,), tokens, jnp.int32)
-    y_ETD = experts(jnp.tile(x_TD, (experts_count, 1)), sizes_E).reshape(experts_count, tokens, -1)
+    y_ETD = on_rows(jnp.tile(x_TD, (experts_count, 1)), sizes_E).reshape(experts_count, tokens, -1)
     return jnp.einsum("te,etd->td", mask_TE, y_ETD.astype(jnp.float32)).astype(x_TD.dtype)

@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.parallel.collectives import sum_of_copies
 from sparse_lm.parallel.rules import spec_of, split_tokens
-from sparse_lm.routing.dispatch import dispatch_local, gather_rows, return_rows, sort_by_expert
+from sparse_lm.routing.dispatch import Order, dispatch_local, gather_rows, return_rows, sort_by_expert
 from sparse_lm.routing.exchange import ROWS, exchange, plan_exchange, starts
 from sparse_lm.routing.plan import RoutingPlan
 
@@ -38,18 +38,20 @@ GATHERED = "gathered_weights"
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """The experts as a function of their weights.
+    """The experts as functions of their weights. Both work on any part of the experts' hidden units, up to a sum over the parts.
 
     Attributes:
-      apply: (weights, rows sorted by expert [A, D], group sizes int32, weight of each row float32 [A] or None) -> rows [A, D]; works
-        on any contiguous part of the experts and, up to a sum over the parts, of their hidden units.
+      on_rows: (weights, rows sorted by expert [A, D], group sizes int32, weight of each row float32 [A] or None) -> rows [A, D]; works
+        on any contiguous part of the experts.
       weights: nested dict of arrays in the compute dtype.
       dims: the same nested dict of logical dims.
+      on_tokens: (weights, tokens [T, D], order) -> [T, D] in one operation; None where the experts do not offer it.
     """
 
-    apply: Callable[[Any, jax.Array, jax.Array, jax.Array | None], jax.Array]
+    on_rows: Callable[[Any, jax.Array, jax.Array, jax.Array | None], jax.Array]
     weights: Any
     dims: Any
+    on_tokens: Callable[[Any, jax.Array, Order], jax.Array] | None = None
 
 
 def piece_of(plan: RoutingPlan, sequences: int, pieces: int, index: jax.Array) -> RoutingPlan:
@@ -114,18 +116,24 @@ def dispatch_on_mesh(
     shards = mesh.shape["expert"] if any("expert" in spec for spec in leaf_specs) else 1
     partial = any("tensor" in spec for spec in leaf_specs)
 
-    def compute(weights: Any, rows_AD: jax.Array, sizes_M: jax.Array, weight_A: jax.Array | None) -> jax.Array:
+    def gathering(apply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        """`apply` on weights that are gathered over fsdp first, in the backward pass once more."""
+
         def whole(_: str, leaf: jax.Array, spec: P) -> jax.Array:
             if "fsdp" not in spec:
                 return leaf
             full = jax.lax.all_gather(leaf, "fsdp", axis=spec.index("fsdp"), tiled=True)
             return checkpoint_name(full, GATHERED)
 
-        return experts.apply(map_leaves(whole, weights, specs), rows_AD, sizes_M, weight_A)
+        def compute(weights: Any, *operands: Any) -> jax.Array:
+            return apply(map_leaves(whole, weights, specs), *operands)
 
-    if any("fsdp" in spec for spec in leaf_specs):
-        policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        compute = jax.checkpoint(compute, policy=policy)
+        if not any("fsdp" in spec for spec in leaf_specs):
+            return compute
+        return jax.checkpoint(compute, policy=jax.checkpoint_policies.save_anything_except_these_names(GATHERED))
+
+    on_rows = gathering(experts.on_rows)
+    on_tokens = None if experts.on_tokens is None else gathering(experts.on_tokens)
 
     def device(x_BLD: jax.Array, plan: RoutingPlan, weights: Any) -> tuple[jax.Array, jax.Array]:
         if pieces > 1:
@@ -133,9 +141,10 @@ def dispatch_on_mesh(
         x_TD = x_BLD.reshape(-1, d_model)
         lost = jnp.zeros((), jnp.float32)
         if shards == 1:
-            y_TD = dispatch_local(x_TD, plan, lambda rows, sizes: compute(weights, rows, sizes, None))
+            fused = None if on_tokens is None else functools.partial(on_tokens, weights)
+            y_TD = dispatch_local(x_TD, plan, lambda rows, sizes: on_rows(weights, rows, sizes, None), fused)
         else:
-            experts_of_shard = functools.partial(compute, weights)
+            experts_of_shard = functools.partial(on_rows, weights)
             y_TD, lost = _dispatch_to_shards(x_TD, plan, experts_of_shard, shards, receive_factor, platform)
         if partial:
             y_TD = sum_of_copies(y_TD, "tensor")

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.grouped_matmul import grouped_feed_forward
 from sparse_lm.config import component
 from sparse_lm.layers.feed_forward import Activation, Aux, DenseFeedForward, FeedForward, TokenInfo, activate
 from sparse_lm.layers.parameter import map_leaves
-from sparse_lm.layers.projection import DenseProjection, Projection
+from sparse_lm.layers.projection import DenseMatrix, DenseProjection, Projection
 from sparse_lm.parallel.mesh import current
-from sparse_lm.routing.dispatch import dispatch_local
+from sparse_lm.routing.dispatch import Order, Tokens, dispatch_local
 from sparse_lm.routing.expert_parallel import Experts, dispatch_on_mesh
 from sparse_lm.routing.router import Router, RouterInputs, RouterLayer
 from sparse_lm.routing.top_k import TopKRouter
@@ -96,7 +97,7 @@ class MoEFeedForward(FeedForward):
 
 
 class RoutedExperts(nnx.Module):
-    """The experts' matrices, applied to rows that are sorted by expert."""
+    """The experts' matrices, applied to rows that are sorted by expert, or to tokens where one operation does all of it."""
 
     def __init__(self, gate: nnx.Module, up: nnx.Module | None, down: nnx.Module, activation: Activation):
         self.gate, self.up, self.down, self.activation = gate, up, down, activation
@@ -111,6 +112,17 @@ class RoutedExperts(nnx.Module):
             hidden_AF = (hidden_AF * weight_A[:, None]).astype(x_AD.dtype)
         return self.down.grouped(hidden_AF, group_sizes_E)
 
+    @property
+    def on_tokens(self) -> Tokens | None:
+        """From tokens to the weighted sums of their experts' outputs in one operation; None unless these are dense SwiGLU experts."""
+        plain = all(isinstance(matrix, DenseMatrix) for matrix in (self.gate, self.up, self.down))
+        return self._fused if plain and self.activation == "swiglu" else None
+
+    def _fused(self, x_TD: jax.Array, order: Order) -> jax.Array:
+        assert self.up is not None, "SwiGLU"
+        gate, up, down = (matrix.weight[...].astype(x_TD.dtype) for matrix in (self.gate, self.up, self.down))
+        return grouped_feed_forward(x_TD, gate, up, down, order.sizes_E, order.token_A, order.row_TR, order.weight_TR)
+
     def as_function(self, dtype: Any) -> Experts:
         """Returns the experts as a function of their weights, which are cast to the compute dtype."""
         graph, state = nnx.split(self)
@@ -122,10 +134,13 @@ class RoutedExperts(nnx.Module):
                 node = node.setdefault(part, {})
             node[path[-1]] = tuple(variable.get_metadata("dims"))
 
-        def apply(weights: Any, *rows: Any) -> jax.Array:
+        def on_rows(weights: Any, *rows: Any) -> jax.Array:
             return nnx.merge(graph, weights)(*rows)
 
-        return Experts(apply, weights, dims)
+        def on_tokens(weights: Any, x_TD: jax.Array, order: Order) -> jax.Array:
+            return nnx.merge(graph, weights).on_tokens(x_TD, order)
+
+        return Experts(on_rows, weights, dims, on_tokens if self.on_tokens is not None else None)
 
 
 class MoELayer(nnx.Module):
@@ -170,7 +185,9 @@ class MoELayer(nnx.Module):
             load_E, tokens = metrics["load"][0], metrics["experts_per_token"][1]
             metrics = {**metrics, "experts_per_token": (jnp.sum(load_E[: self.config.experts]), tokens)}
         if mesh is None:
-            y_BLD = dispatch_local(x_BLD.reshape(-1, d_model), plan, self.experts).reshape(x_BLD.shape)
+            experts = self.experts
+            y_TD = dispatch_local(x_BLD.reshape(-1, d_model), plan, experts, experts.on_tokens)
+            y_BLD = y_TD.reshape(x_BLD.shape)
         else:
             y_BLD, lost = dispatch_on_mesh(
                 mesh, x_BLD, plan, self.experts.as_function(x_BLD.dtype), self.config.receive_factor

@@ -6,6 +6,7 @@ Legend: G routing groups, S tokens of a group, D model, E experts, R most expert
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from sparse_lm.config import Config
 from sparse_lm.layers.parameter import declare
 from sparse_lm.routing import losses
+from sparse_lm.routing.logits import router_logits
 from sparse_lm.routing.measure import chosen_mask, measure
 from sparse_lm.routing.plan import RoutingPlan, compacted, plan_of_choices
 
@@ -274,10 +276,29 @@ class RouterLayer(nnx.Module):
         self.state_names = tuple(config.initial_state(experts))
 
     def __call__(self, x_GSD: jax.Array, inputs: RouterInputs) -> Routing:
-        if self.weight is None:
-            logits_GSE = jnp.zeros((*x_GSD.shape[:2], self.experts), jnp.float32)
+        """Routes. For the backward pass it keeps its input, the logits and the choices; what is elementwise in them is computed again."""
+        weight = None if self.weight is None else self.weight[...]
+        state = {name: getattr(self, name)[...] for name in self.state_names}
+        return _route(self.config, self.experts, x_GSD, weight, inputs, state)
+
+
+def _route(
+    config: Router,
+    experts: int,
+    x_GSD: jax.Array,
+    weight_DE: jax.Array | None,
+    inputs: RouterInputs,
+    state: dict[str, jax.Array],
+) -> Routing:
+    policy = jax.checkpoint_policies.save_only_these_names("router_plan", "router_logits")
+
+    @functools.partial(jax.checkpoint, policy=policy)
+    def route(x_GSD: jax.Array, weight_DE: jax.Array | None) -> Routing:
+        if weight_DE is None:
+            logits_GSE = jnp.zeros((*x_GSD.shape[:2], experts), jnp.float32)
         else:
-            weight = jax.lax.stop_gradient(self.weight[...]) if self.config.frozen else self.weight[...]
-            seen_GSD = self.config.observe(x_GSD.astype(jnp.float32), inputs.key)
-            logits_GSE = jnp.einsum("gsd,de->gse", seen_GSD, weight, precision=jax.lax.Precision.HIGHEST)
-        return self.config.plan(logits_GSE, inputs, {name: getattr(self, name)[...] for name in self.state_names})
+            weight_DE = jax.lax.stop_gradient(weight_DE) if config.frozen else weight_DE
+            logits_GSE = router_logits(config.observe(x_GSD, inputs.key), weight_DE)
+        return config.plan(checkpoint_name(logits_GSE, "router_logits"), inputs, state)
+
+    return route(x_GSD, weight_DE)

@@ -34,7 +34,9 @@ class SwitchRouter(TopKRouter):
         """See Router.observe."""
         if key is None or not self.jitter:
             return x_GSD
-        return x_GSD * jax.random.uniform(key, x_GSD.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
+        return x_GSD.astype(jnp.float32) * jax.random.uniform(
+            key, x_GSD.shape, minval=1 - self.jitter, maxval=1 + self.jitter
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

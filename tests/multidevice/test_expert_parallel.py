@@ -5,18 +5,23 @@ import functools
 import re
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.grouped_matmul import grouped_matmul
+from sparse_lm.layers.feed_forward import TokenInfo
+from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.model.transformer import NEVER_REPEATED
 from sparse_lm.parallel.mesh import AXES
 from sparse_lm.routing.dispatch import dispatch_reference
 from sparse_lm.routing.expert_parallel import Experts, buffer_rows, dispatch_on_mesh
+from sparse_lm.routing.experts import MoEFeedForward
 from sparse_lm.routing.plan import RoutingPlan, counts, dense_mask
 
 B, L, D, E, R = 8, 4, 6, 8, 3
@@ -134,6 +139,34 @@ def test_dispatch_on_a_mesh_equals_dense_computation_under_the_mask(sizes, group
             assert a.tobytes() == b.tobytes()
 
 
+def test_experts_in_one_operation_on_a_mesh_equal_dense_computation_under_the_mask() -> None:
+    """Weights split over fsdp and gathered inside, hidden units over tensor: the one operation sees parts of both."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: MoEFeedForward(experts=E, hidden=4).build(D)))
+    normal = np.random.default_rng(3).normal
+    values = map_leaves(lambda _, leaf: normal(size=leaf.shape).astype(np.float32), nnx.to_pure_dict(state))
+    x_BLD, _, weight_GA, cotangent = arguments()
+    plan = plan_of("random", weight_GA)
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+
+    def total(on_mesh, values, x_BLD, weight_GA):
+        experts, routed = nnx.merge(graph, values).experts, dataclasses.replace(plan, weight_GA=weight_GA)
+        if on_mesh:
+            y, _ = dispatch_on_mesh(mesh.abstract_mesh, x_BLD, routed, experts.as_function(x_BLD.dtype), 0.0)
+        else:
+            y = dispatch_reference(x_BLD.reshape(-1, D), dense_mask(routed), experts).reshape(x_BLD.shape)
+        return jnp.sum(y * cotangent), y
+
+    def result(on_mesh):
+        step = tiny.jit(jax.value_and_grad(functools.partial(total, on_mesh), argnums=(0, 1, 2), has_aux=True))
+        return jax.device_get(step(values, x_BLD, weight_GA * (plan.expert_GA < E)))
+
+    expected = result(False)
+    with jax.set_mesh(mesh):
+        found = result(True)
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
 def test_what_a_full_buffer_does_not_take_is_dropped_and_counted() -> None:
     """Everything to the last shard, whose buffer takes one device's slots.
 
@@ -200,3 +233,37 @@ def test_rows_are_exchanged_once_each_way_and_no_more_than_there_are(remat) -> N
     assert sum(sent) - 2 * rows * 4 <= 2 * (2 * rows * D * 2)
     gathers = [line for line in text.splitlines() if "stablehlo.all_gather" in line]
     assert gathers and all(re.findall(r'axis_ref<name = "(\w+)">', line) == ["fsdp"] for line in gathers)
+
+
+def test_the_shared_expert_and_the_exchange_need_nothing_of_each_other() -> None:
+    """So XLA may compute one while rows of the other travel; forward and backward."""
+    mesh = AbstractMesh((1, 1, 4, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    shared_hidden = 24  # no other size is 24
+    config = MoEFeedForward(experts=E, hidden=4, shared_hidden=shared_hidden)
+    graph, state = nnx.split(nnx.eval_shape(lambda: config.build(D)))
+    values = nnx.to_pure_dict(state)
+    ids_BL = jnp.ones((B, L), jnp.int32)
+
+    def total(values, x_BLD):
+        y_BLD, _ = nnx.merge(graph, values)(x_BLD, TokenInfo(ids_BL, ids_BL, ids_BL, None))
+        return jnp.sum(y_BLD)  # linear, so that the backward pass needs nothing of the forward one's output
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(values, jax.ShapeDtypeStruct((B, L, D), jnp.float32))
+    equations = program.jaxpr.eqns
+    exchanges = [e for e in equations if e.primitive.name == "shard_map" and "all_to_all" in str(e.params["jaxpr"])]
+    shared = [e for e in equations if any(shared_hidden in v.aval.shape for v in e.outvars)]
+    assert len(exchanges) >= 2 and len(shared) >= 6
+
+    def reached(start) -> set:
+        found = {variable for equation in start for variable in equation.outvars}
+        for equation in equations:
+            if any(isinstance(v, jax.extend.core.Var) and v in found for v in equation.invars):
+                found.update(equation.outvars)
+        return found
+
+    def needs(equation, found: set) -> bool:
+        return any(isinstance(v, jax.extend.core.Var) and v in found for v in equation.invars)
+
+    assert not any(needs(equation, reached(exchanges)) for equation in shared)
+    assert not any(needs(equation, reached(shared)) for equation in exchanges)

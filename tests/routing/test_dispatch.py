@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pallas_kernels.grouped_matmul import grouped_matmul
 from sparse_lm.layers.feed_forward import TokenInfo
 from sparse_lm.layers.parameter import map_leaves
+from sparse_lm.routing.benchmark_layer import OtherProjection, Shape, abstract, stored_bytes
 from sparse_lm.routing.dispatch import dispatch_local, dispatch_reference
 from sparse_lm.routing.experts import MoEFeedForward
 from sparse_lm.routing.plan import RoutingPlan, counts, dense_mask
@@ -136,6 +137,56 @@ def test_plans_with_any_number_of_experts_per_token_execute_too() -> None:
     plan = irregular_plan(jnp.ones((1, 7)))
     assert dense_mask(plan)[0].tolist() == [[1, 1, 1], [0, 0, 0], [0, 1, 0], [0, 1, 1]]
     assert counts(plan).tolist() == [1, 3, 2]
+
+
+def test_experts_in_one_operation_equal_gather_products_and_combine() -> None:
+    """Values and gradients of tokens, matrices and weights, on a plan with absent, dropped and unordered assignments."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: MoEFeedForward(experts=3, hidden=5).build(D)))
+    normal = np.random.default_rng(2).normal
+    values = map_leaves(lambda _, leaf: normal(size=leaf.shape).astype(np.float32), nnx.to_pure_dict(state))
+    x_TD, cotangent_TD = (normal(size=(4, D)).astype(np.float32) for _ in range(2))
+    weight_GA = normal(size=(1, 7)).astype(np.float32)
+
+    def total(fused, values, x_TD, weight_GA):
+        experts = nnx.merge(graph, values).experts
+        out_TD = dispatch_local(x_TD, irregular_plan(weight_GA), experts, experts.on_tokens if fused else None)
+        return jnp.sum(out_TD * cotangent_TD), out_TD
+
+    def both(*arguments):
+        return [
+            jax.value_and_grad(functools.partial(total, fused), argnums=(0, 1, 2), has_aux=True)(*arguments)
+            for fused in (True, False)
+        ]
+
+    fused, plain = tiny.jit(both)(values, x_TD, weight_GA)
+    for found, expected in zip(*map(jax.tree.leaves, (fused, plain)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert (np.asarray(fused[0][1])[1] == 0).all()  # token 1 has no assignment
+
+
+def test_which_experts_offer_one_operation() -> None:
+    def offers(**changes) -> bool:
+        return (
+            nnx.eval_shape(lambda: MoEFeedForward(experts=2, hidden=4, **changes).build(4)).experts.on_tokens
+            is not None
+        )
+
+    assert offers() and not offers(activation="relu_squared")
+    assert not offers(projection=OtherProjection(by=jax.lax.ragged_dot))
+
+
+@pytest.mark.parametrize(("experts", "k"), [(16, 2), (256, 32)])
+def test_a_layer_stores_what_a_dense_one_of_equal_active_size_does(experts: int, k: int) -> None:
+    """At most 1.1 times: input, gate and up products; logits, choices and plan are what is added.
+
+    256 experts, 32 of a token, D = 2048, F = 8192 in all, bfloat16: a token's input and products are 2 (2048 + 2 * 8192) = 36864 bytes,
+    its logits 4 * 256 = 1024, and 32 choices of some 24 bytes 768: 1.05 times.
+    """
+    shape = Shape(tokens=4096, experts=experts, k=k)
+    graph, values = abstract(shape.moe(), shape, jnp.bfloat16)
+    x_BLD = jax.ShapeDtypeStruct((2, 2048, shape.d_model), jnp.bfloat16)
+    least = 2 * shape.tokens * (shape.d_model + 2 * shape.active)
+    assert 1.0 <= stored_bytes(graph, values, x_BLD) / least <= 1.06
 
 
 @pytest.mark.parametrize("activation", ["swiglu", pytest.param("relu_squared", marks=pytest.mark.slow)])

@@ -215,3 +215,14 @@ def test_balance_over_the_step_uses_the_fractions_of_the_step_before() -> None:
     # The next step's fractions: experts 0 and 1 once each.
     assert router.advance(state, routing.statistics)["fraction"].tolist() == [0.5, 0.5, 0]
     assert router.initial_state(4)["fraction"].tolist() == [0.25] * 4
+
+
+@pytest.mark.parametrize("order", ["position", "choice", "score"])
+def test_a_capacity_that_takes_every_token_changes_nothing(order) -> None:
+    """Capacity factor E / k: every expert takes all S tokens, even if all choose it."""
+    logits_GSE = np.random.default_rng(4).normal(size=(2, 5, 3)).astype(np.float32)
+    logits_GSE[0, :, 1] = 9.0
+    limited = route(TopKRouter(k=2, capacity_factor=1.5, capacity_order=order), logits_GSE)
+    free = route(TopKRouter(k=2), logits_GSE)
+    assert float(limited.plan.dropped) == 0
+    tiny.assert_same(limited.plan, free.plan)
