@@ -217,8 +217,7 @@ def finish(run_dir: pathlib.Path, *, console: Console | None = None) -> None:
     report = write_report(run_dir)
     console.print()
     show(evaluation, console)
-    if samples:
-        chosen = samples[0]
+    for chosen in {sample["domain"]: sample for sample in reversed(samples)}.values():  # the first of each domain
         console.print(f"\nA sample ({chosen['domain']}; the prompt is in bold):", highlight=False)
         console.print(
             f"[bold]{_plain(chosen['prompt'])}[/bold]{_plain(chosen['text'][len(chosen['prompt']) :])}", soft_wrap=True
