@@ -6,6 +6,7 @@ head counts; the mean number of experts per token counts, not their total.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -126,6 +127,18 @@ def absent_operations(model: Model, absent: Mapping[str, Any], measured: Mapping
                 share *= active / parameters
         total = total + 2.0 * share * weights
     return total
+
+
+def with_operations(description: dict[str, Any], model: Model, dense: float) -> dict[str, Any]:
+    """Returns the description of sparse weights with the forward operations per token that they need, `dense` if all existed."""
+    sizes = {row["path"]: row["matrices"] * math.prod(row["shape"]) for row in description["matrices"]}
+
+    def line(kept: dict[str, float]) -> dict[str, float]:
+        absent = {path: size - kept[path] for path, size in sizes.items()}
+        return {"weights": sum(kept.values()), "operations": dense - absent_operations(model, absent)}
+
+    others = {name: line(kept) for name, kept in description.get("allocations", {}).items()}
+    return {**description, "dense_operations": dense, "allocations": others}
 
 
 def account(

@@ -79,6 +79,7 @@ class Recipe(Config):
         if self.checkpoint.keep_best and not self.validation.every:
             allowed = "0, because validation.every = 0 gives checkpoints no validation loss to be best in"
             raise ConfigError("checkpoint.keep_best", self.checkpoint.keep_best, allowed)
+        self.weight_sparsity.check_start(self.start_from)
         try:
             self.optimizer.schedule.check_run(self.train.steps)
         except ConfigError as error:

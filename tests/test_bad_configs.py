@@ -25,10 +25,16 @@ from sparse_lm.routing.token_choice import GroupLimitedRouter, GShardRouter, Sin
 from sparse_lm.routing.top_k import TopKRouter
 from sparse_lm.routing.variable import ExpertChoiceRouter, ExpertThresholdRouter, ReMoERouter
 from sparse_lm.train.adafactor import Adafactor
+from sparse_lm.train.initialize import StartFrom
 from sparse_lm.train.muon import Muon
 from sparse_lm.train.optimizer import AdamW, Group
 from sparse_lm.train.schedule import Cosine, Linear, WarmupStableDecay
 from sparse_lm.train.session import open_session
+from sparse_lm.weight_sparsity.algorithms import Lottery
+from sparse_lm.weight_sparsity.growth import RigL
+from sparse_lm.weight_sparsity.masked import Masked
+from sparse_lm.weight_sparsity.schedules import Periodic
+from sparse_lm.weight_sparsity.structures import Block
 
 NAN, INFINITY = float("nan"), float("inf")
 MOE = Recipe(model=Model(pattern=(MoEFeedForward(), DenseFeedForward(), MoEFeedForward())))
@@ -73,6 +79,32 @@ BAD: list[tuple[dict[str, Any], str, Any, str]] = [
     ({"model.memory": NgramEmbedding(at=(1,))}, "model.memory.at", (1,), "(0,)"),
     ({"model.memory": Engram(optimizer=LazyAdam(beta2=1.0))}, "model.memory.optimizer.beta2", 1.0, "0 to below 1"),
     ({"model.memory": Engram(optimizer=RowAdagrad(epsilon=0.0))}, "model.memory.optimizer.epsilon", 0.0, "above 0"),
+    # weight sparsity
+    (
+        {"weight_sparsity": Masked(algorithm=RigL(), schedule=Periodic()), "optimizer": Muon()},
+        "weight_sparsity.algorithm",
+        "RigL with Muon",
+        "an elementwise one such as adamw",
+    ),
+    (
+        {"weight_sparsity": Masked(structure=Block(inputs=48))},
+        "weight_sparsity.structure.inputs",
+        48,
+        "sizes that divide every matrix",
+    ),
+    (
+        {"weight_sparsity": Masked(exclude=("*.gate.x",))},
+        "weight_sparsity.exclude.0",
+        "*.gate.x",
+        "a glob that matches",
+    ),
+    ({"start_from": StartFrom(run="x", rewind=5)}, "start_from.rewind", 5, "the algorithm lottery"),
+    (
+        {"weight_sparsity": Masked(algorithm=Lottery())},
+        "start_from.rewind",
+        None,
+        "a step of start_from.run",
+    ),
     # data
     ({"data.sources": ()}, "data.sources", (), "at least one source"),
     ({"data.sources.0.weight": 0.0}, "data.sources.0.weight", 0.0, "a positive finite number"),
@@ -323,6 +355,16 @@ COMPONENTS: list[tuple[str, str, dict[str, Any], str, Any, str]] = [
     ("optimizer", "adafactor", {"clip_threshold": 0.0}, "clip_threshold", 0.0, "> 0"),
     ("schedule", "wsd", {"decay_shape": "cosine"}, "decay_shape", "cosine", "Literal"),
     ("schedule", "constant", {"warmup_steps": -1}, "warmup_steps", -1, ">= 0"),
+    ("weight_sparsity", "masked", {"density": 0.0}, "density", 0.0, "above 0"),
+    ("weight_sparsity", "masked", {"roles": ()}, "roles", (), "at least one of"),
+    ("sparse_structure", "n_m", {"m": 1}, "m", 1, "at least 2"),
+    ("sparse_structure", "block", {"inputs": 0}, "inputs", 0, "at least 1"),
+    ("sparse_schedule", "cubic", {"begin": 0.8}, "begin", 0.8, "below end (0.75)"),
+    ("sparse_schedule", "periodic", {"dense_tail": 0.5}, "end", 0.75, "at most 1 - dense_tail"),
+    ("sparse_schedule", "one_shot", {"at": 1.0}, "at", 1.0, "below 1 - dense_tail"),
+    ("sparse_algorithm", "synflow", {"rounds": 0}, "rounds", 0, "at least 1"),
+    ("sparse_algorithm", "top_k_ast", {"extra": 1.0}, "extra", 1.0, "below 1"),
+    ("sparse_algorithm", "srigl", {"least": 0.0}, "least", 0.0, "above 0"),
 ]
 
 

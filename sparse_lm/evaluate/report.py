@@ -1,7 +1,7 @@
 """Writes report.html of a run directory: everything that the run left behind, in one file to look at.
 
 Reads what is there, and leaves out the sections whose files are missing: metrics.jsonl, config.json, environment.json,
-accounting.json, data.json, evaluation.json, samples.json.
+accounting.json, sparsity.json, data.json, evaluation.json, samples.json.
 """
 
 import json
@@ -15,6 +15,7 @@ import numpy as np
 
 from sparse_lm.evaluate import report_figures as draw
 from sparse_lm.evaluate import report_page as page
+from sparse_lm.evaluate.sparsity_section import weight_sparsity
 from sparse_lm.train.metrics import TOTALS, Row, read_rows
 from sparse_lm.train.progress import count, duration, mean
 
@@ -42,11 +43,19 @@ def write_report(run_dir: str | os.PathLike[str], *, extra: Mapping[str, Any] | 
 class Run:
     """What a run directory holds, read once. Values of files that are missing are None; rows are lists that may be empty."""
 
-    FILES = ("config.json", "environment.json", "accounting.json", "data.json", "evaluation.json", "samples.json")
+    FILES = (
+        "config.json",
+        "environment.json",
+        "accounting.json",
+        "data.json",
+        "evaluation.json",
+        "samples.json",
+        "sparsity.json",
+    )
 
     def __init__(self, directory: pathlib.Path):
         self.directory = directory
-        self.config, self.environment, self.accounting, self.data, self.evaluation, self.samples = map(
+        self.config, self.environment, self.accounting, self.data, self.evaluation, self.samples, self.sparsity = map(
             self._read, self.FILES
         )
         metrics = directory / "metrics.jsonl"
@@ -468,6 +477,7 @@ SECTIONS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("Learning", learning),
     ("Experts", routing),
     ("Memory", memory),
+    ("Weight sparsity", weight_sparsity),
     ("Speed", speed),
     ("Parameters and operations", parts),
     ("Data", text_learnt),

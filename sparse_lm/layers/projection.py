@@ -6,7 +6,10 @@ the model knows whether the matrix is dense or sparse.
 Legend: A rows sorted by expert, E experts, I inputs, O outputs.
 """
 
+import contextlib
+import contextvars
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +79,36 @@ def _product_backward(residuals, dy):
 product.defvjp(_product_forward, _product_backward)
 
 
+@jax.custom_vjp
+def _observed_product(x: jax.Array, w_IO: jax.Array) -> jax.Array:
+    return x @ w_IO
+
+
+def _observed_backward(residuals, dy):
+    x, w_IO = residuals
+    squares_I = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=tuple(range(x.ndim - 1)))
+    return dy @ w_IO.T, jnp.broadcast_to(squares_I[:, None], w_IO.shape).astype(w_IO.dtype)
+
+
+_observed_product.defvjp(_product_forward, _observed_backward)
+
+_OBSERVING = contextvars.ContextVar("observing", default=False)
+
+
+@contextlib.contextmanager
+def observing_inputs() -> Iterator[None]:
+    """What is traced inside has, in the place of the gradient of a weight [I, O], the sums of squares of its inputs, O times.
+
+    They come from where the gradients come from, so that scans, rematerialisation, microbatches and meshes need nothing of their own.
+    Matrices of experts are not observed.
+    """
+    token = _OBSERVING.set(True)
+    try:
+        yield
+    finally:
+        _OBSERVING.reset(token)
+
+
 class DenseMatrix(nnx.Module):
     """A dense weight matrix [I, O], or [E, I, O] for experts; computes in the input's dtype."""
 
@@ -84,7 +117,8 @@ class DenseMatrix(nnx.Module):
         self.weight = declare((*batch_shape, inputs, outputs), (*batch_dims, *dims))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return product(x, self.weight[...].astype(x.dtype))
+        multiply = _observed_product if _OBSERVING.get() else product
+        return multiply(x, self.weight[...].astype(x.dtype))
 
     def grouped(self, x_AI: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
         """Multiplies each expert's rows by its matrix; rows past the sum of sizes give zeros."""

@@ -34,6 +34,9 @@ class StartFrom(Config):
     """Its checkpoint; None: the newest."""
     keep: Literal["parameters", "everything"] = "parameters"
     """Take the parameters and begin at step 0, or continue with step, optimizer, router state and random key (a branch of a schedule)."""
+    rewind: int | None = None
+    """Choose masks by the parameters of `step`, then go back to those of this earlier checkpoint of the same run (lottery tickets);
+    -1: to fresh initial values."""
     include: tuple[str, ...] = ("*",)
     """Globs over parameter paths to load; others keep fresh values."""
     exclude: tuple[str, ...] = ()
@@ -53,6 +56,8 @@ class StartFrom(Config):
                 self.require(
                     getattr(self, field.name) == field.default, field.name, f"{field.default!r} unless run is given"
                 )
+        self.require(self.rewind is None or self.rewind >= -1, "rewind", "None, -1, or a step")
+        self.require(self.rewind is None or self.keep == "parameters", "rewind", "None unless keep is parameters")
         for entry in self.rename:
             self.require(entry.count("=") == 1, "rename", "entries of the form old=new")
             try:

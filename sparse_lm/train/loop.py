@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from pallas_kernels import backend
-from sparse_lm.accounting import Account, absent_operations, account, measured_in
+from sparse_lm.accounting import Account, absent_operations, account, measured_in, with_operations
 from sparse_lm.config import ConfigError, to_dict, validate
 from sparse_lm.data import storage
 from sparse_lm.data.dataset import Dataset
@@ -262,8 +262,9 @@ def write_description(session: Session, dataset: Dataset, run_dir: pathlib.Path)
         "environment.json": machine.environment(),
         "data.json": dataset.describe(),
         "accounting.json": [row._asdict() for row in lines.rows],
-        **({"sparsity.json": sparse} if (sparse := session.sparsifier.description()) else {}),
     }
+    if sparse := session.sparsifier.description():
+        documents["sparsity.json"] = with_operations(sparse, session.recipe.model, lines.forward_flops)
     for name, document in documents.items():
         storage.write_atomically(run_dir / name, (json.dumps(document, indent=1, default=str) + "\n").encode())
 

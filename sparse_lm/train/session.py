@@ -242,13 +242,27 @@ def starting_point(session: Session) -> tuple[TrainState, dict[str, Any] | None]
         if isinstance(forward := model.feed_forward_of(layer), MoEFeedForward)
     }
     transforms, partial = transforms_of(start, experts, session.recipe.seed), is_partial(start)
-    if session.members is None:
-        state = initialize(state, source.state, transforms, partial=partial)
-    else:
-        fresh = [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(session.members)]
-        members = [initialize(member, source.state, transforms, partial=partial) for member in fresh]
-        state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+    def loaded(fresh: TrainState, tree: dict[str, Any]) -> TrainState:
+        """The fresh state of the run, or of all its members, with what the source has."""
+        if session.members is None:
+            return initialize(fresh, tree, transforms, partial=partial)
+        members = [jax.tree.map(lambda leaf, i=i: leaf[i], fresh) for i in range(session.members)]
+        members = [initialize(member, tree, transforms, partial=partial) for member in members]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+    state = loaded(state, source.state)
     if start.keep == "parameters":
         state = over_members(functools.partial(sparse_anew, session.sparsifier), session.recipe.population, (0,))(state)
+    if start.rewind is not None:
+        if start.rewind >= 0:
+            early = loaded(state, read_checkpoint(checkpoints_of_run(start.run), start.rewind).state).params
+        else:
+            keys, _ = over_members(member_keys, session.recipe.population, (0,))(
+                member_arrays(session.recipe.population, session.recipe.seed)[0]
+            )
+            early = session.definition.initial_params(keys, session.shardings.params)
+        params = session.sparsifier.only_existing(early, state.sparsity)
+        state = dataclasses.replace(state, params=params, ema=params if state.ema else state.ema)
     state = rules.place(state, session.shardings)
     return state, source.data_state if start.keep == "everything" else None

@@ -174,7 +174,6 @@ def build_step(
             Moment(
                 step=same_for_all(state.step, members),
                 finite=finite,
-                rate=learning_rate,
                 key=key,
                 before=state.params,
                 params=params,
@@ -188,7 +187,7 @@ def build_step(
         ema = state.ema
         if train.ema_decay is not None:
             ema = keep(ema_update(ema, change.params, train.ema_decay, state.step), ema)
-            ema = sparse.average(ema, change.sparsity)
+            ema = sparse.only_existing(ema, change.sparsity)
         new_state = TrainState(
             step=state.step + 1,
             params=change.params,

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from sparse_lm.config import Config
+from sparse_lm.config import Config, ConfigError
 
 if TYPE_CHECKING:  # rooms above this one
     from sparse_lm.model.definition import Definition
+    from sparse_lm.train.initialize import StartFrom
     from sparse_lm.train.optimizer import Optimizer
 
 Tree = dict[str, Any]
@@ -30,7 +31,6 @@ class Moment(NamedTuple):
     Attributes:
       step: int32, steps finished before this one; the same for all members of a population, so that conditions on it stay conditions.
       finite: bool, whether the step is sound; a step that is not changes no mask.
-      rate: float32, learning rate of the step.
       key: random key of the step.
       before: parameters before the optimizer's update.
       params: parameters after it, or as they were if the step is replaced.
@@ -43,7 +43,6 @@ class Moment(NamedTuple):
 
     step: jax.Array
     finite: jax.Array
-    rate: jax.Array
     key: jax.Array
     before: Tree
     params: Tree
@@ -97,9 +96,9 @@ class Sparsifier:
         """Returns parameters, optimizer state, model state and sparsity state after the step."""
         return Change(moment.params, moment.opt_state, moment.model_state, moment.sparsity)
 
-    def average(self, average: Tree, sparsity: Tree) -> Tree:
-        """Returns a moving average of the parameters without the weights that the parameters do not have."""
-        return average
+    def only_existing(self, tree: Tree, sparsity: Tree) -> Tree:
+        """Returns a tree like the parameters (an average, earlier values) without the weights that they do not have."""
+        return tree
 
     def numbers(self, sparsity: Tree) -> Tree:
         """Returns what a step reports: {path of a matrix: {name: array}}, from the state after it (see `telemetry.sparsity_row`)."""
@@ -117,6 +116,13 @@ class Sparsifier:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightSparsity(Config):
     """Base of the kinds of weight sparsity."""
+
+    def check_start(self, start: "StartFrom") -> None:
+        """Raises ConfigError if a run cannot start from there."""
+        if start.rewind is not None:
+            raise ConfigError(
+                "start_from.rewind", start.rewind, "None, unless weight_sparsity is masked with the algorithm lottery"
+            )
 
     def build(self, definition: "Definition", optimizer: "Optimizer", steps: int) -> Sparsifier:
         """Builds the sparsifier of a model.

@@ -36,6 +36,10 @@ class SparsitySchedule(Config):
         """Returns the share of the final sparsity that a mask chosen at this step has, float32 from 0 to 1."""
         return jnp.where(step >= self.tail(steps), 0.0, self.rise(step, steps)).astype(jnp.float32)
 
+    def start(self, steps: int) -> Any:
+        """Returns the share of the sparsity that the first masks have, chosen before the first step."""
+        return self.progress(0, steps)
+
     def due(self, step: Any, steps: int) -> Any:
         """Says whether masks are chosen at this step."""
         inside = self.changes(step, steps) & (step < self.tail(steps))
@@ -58,6 +62,10 @@ class SparsitySchedule(Config):
         """Returns the share of the active weights that algorithms that grow exchange at this step."""
         return jnp.float32(0.0)
 
+    def passed(self, step: Any, steps: int) -> Any:
+        """Returns how much of the time in which masks change has passed, from 0 to 1."""
+        return jnp.minimum(step / steps, 1.0)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConstantSparsity(SparsitySchedule):
@@ -75,6 +83,10 @@ class OneShot(SparsitySchedule):
         """See Config.check."""
         super().check()
         self.require(0.0 <= self.at < 1.0 - self.dense_tail, "at", "a share below 1 - dense_tail")
+
+    def start(self, steps: int) -> Any:
+        """See SparsitySchedule.start."""
+        return jnp.float32(0.0)
 
     def first(self, steps: int) -> int:
         """Returns the step of the choice."""
@@ -120,6 +132,10 @@ class Window(SparsitySchedule):
         """Returns how far the window has passed, from 0 to 1."""
         first, last = self.bounds(steps)
         return jnp.clip((step - first) / max(1, last - first), 0.0, 1.0)
+
+    def passed(self, step: Any, steps: int) -> Any:
+        """See SparsitySchedule.passed."""
+        return self.fraction(step, steps)
 
     def changes(self, step: Any, steps: int) -> Any:
         """See SparsitySchedule.changes."""

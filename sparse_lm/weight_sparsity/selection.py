@@ -6,18 +6,19 @@ out is found by a second bisection. `jax.lax.top_k` would sort, and on a sharded
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 FRACTION_BITS = 15
 """Fractions of counts are multiples of 2^-15, so that shares of counts up to 2^31 are exact in 32 bits."""
 
 Axes = tuple[int, ...]
 
-NEVER = jnp.uint32(0)
+NEVER = np.uint32(0)
 """Key of what may not be chosen: below the key of every number."""
 
 
@@ -63,7 +64,7 @@ def positions(shape: Sequence[int], axes: tuple[int, ...]) -> jax.Array:
     return index
 
 
-def keep_top(keys: dict[str, jax.Array], count: dict[str, jax.Array], axes: dict[str, Axes]) -> dict[str, jax.Array]:
+def keep_top(keys: dict[str, jax.Array], count: dict[str, jax.Array], axes: Mapping[str, Axes]) -> dict[str, jax.Array]:
     """Chooses the `count` largest keys of each group, exactly; among equal ones those with the lowest index.
 
     One loop serves all arrays: few and small programs, and few synchronisations of a device with its host.
@@ -71,11 +72,13 @@ def keep_top(keys: dict[str, jax.Array], count: dict[str, jax.Array], axes: dict
     Args:
       keys: {name: uint32}, from `keys_of` or any other; `NEVER` where nothing may be chosen.
       count: {name: int32}, as in `kth_largest`; at most the number of keys above `NEVER`.
-      axes: {name: ascending dims that a group spans}.
+      axes: {name: ascending dims that a group spans, from the front or the back}.
 
     Returns:
       {name: bool of the shape of the keys}, with exactly `count` true in each group.
     """
+
+    axes = {name: tuple(axis % array.ndim for axis in axes[name]) for name, array in keys.items()}
 
     def total(name: str, mask: jax.Array) -> jax.Array:
         return jnp.sum(mask, axis=axes[name], keepdims=True, dtype=jnp.int32)
@@ -118,15 +121,14 @@ def keep_top(keys: dict[str, jax.Array], count: dict[str, jax.Array], axes: dict
 
 
 def share_of(count: jax.Array, fraction: jax.Array) -> jax.Array:
-    """Returns floor(count * q / 2^15) with q = round(fraction * 2^15): exact integers, where float32 rounds above 2^24.
+    """Returns count * q / 2^15 to the nearest, halves up, q = round(fraction * 2^15): exact integers, where float32 rounds above 2^24.
 
     Args:
       count: int32 from 0 to 2^31 - 1.
       fraction: float32 from 0 to 1; at 1 all of count.
     """
-    q = quantized(fraction)
-    mask = (1 << FRACTION_BITS) - 1
-    return (count >> FRACTION_BITS) * q + (((count & mask) * q) >> FRACTION_BITS)
+    q, low = quantized(fraction), count & ((1 << FRACTION_BITS) - 1)
+    return (count >> FRACTION_BITS) * q + ((low * q + (1 << (FRACTION_BITS - 1))) >> FRACTION_BITS)
 
 
 def quantized(fraction: jax.Array) -> jax.Array:

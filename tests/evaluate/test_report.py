@@ -51,10 +51,28 @@ DOCUMENTS = {
             }
         }
     },
+    "sparsity.json": {
+        "matrices": [
+            {"path": f"blocks.{n}.attention.query.weight", "shape": [20, 50], "matrices": 1, "kept": 250 - 100 * n}
+            for n in range(2)
+        ],
+        "dense": {"head": "head"},
+        "dense_operations": 6000.0,
+        "allocations": {"erk": {"weights": 400.0, "operations": 2800.0}},
+        "masked": True,
+    },
     "samples.json": [{"prompt": "Fellow <citizens>", "text": "Fellow <citizens> & friends"}],
 }
 
-ABOUT = ("Configuration", "Environment", "Parameters and operations", "Data", "Against a compressor", "Samples")
+ABOUT = (
+    "Configuration",
+    "Environment",
+    "Parameters and operations",
+    "Data",
+    "Against a compressor",
+    "Weight sparsity",
+    "Samples",
+)
 """The section of each document."""
 
 
@@ -90,9 +108,22 @@ def write_run(directory, steps=6, members=None, without=()):
             "router/blocks.2/max_violation": value(0.5),
             "memory/blocks.1/gate": value(0.4),
         }
+        layers, bins = [0.25, 0.15], [0.0, 0.5, 0.5, 0.0]
+        experts |= {
+            "sparsity/density": value(0.2),
+            "sparsity/requested": value(0.2),
+            "sparsity/mean_density": value(0.3),
+            "sparsity/mean_flops_per_token": value(9000.0),
+            "sparsity/attention.query/density": [layers] * members if members else layers,
+            "sparsity/attention.query/fan_in": [bins] * members if members else bins,
+        }
         lines.write({"kind": "train"} | totals | measured | timed | (experts if step > 10 else {}))
         domains = {"speeches": {"loss": value(8.0 / step), "bits_per_byte": value(1.0)}}
         lines.write({"kind": "validation"} | totals | {"domains": domains, "loss": value(8.0 / step)})
+    if "sparsity.json" not in without:
+        (directory / "sparsity").mkdir(exist_ok=True)
+        picture = np.zeros((4, 5), np.float16)
+        np.savez(directory / "sparsity" / "60.npz", **{"blocks.0.attention.query.weight": picture})
     lines.write({"kind": "event", "step": 20, "event": "skipped", "groups": ["blocks"]})
     lines.close()
     return directory
@@ -158,6 +189,10 @@ def test_every_section_is_there_with_its_numbers(whole):
         "20.0%",  # the upper end of the interval, 1.6, against 2.0
         "attention scores",
         "34,567",
+        "15.0% to 25.0%",  # 150 and 250 of 1000
+        "Mean density over training 30.00%; at the end 20.00%",
+        "3k on average, 50% of the dense model's 6k",  # 9000 / 3 of 6000
+        "2 to 3",  # a bin of the fan-in
         "model.attention.window",
         "groups blocks",
     ):
@@ -166,8 +201,8 @@ def test_every_section_is_there_with_its_numbers(whole):
 
 def test_nothing_is_loaded_and_text_is_escaped(whole):
     outline, source = whole
-    assert all(link.startswith("#") or link == "data:," for link in outline.links)
-    assert not re.search(r"url\((?!#)|@import|<script|<img", source)
+    assert all(link.startswith(("#", "data:")) for link in outline.links)
+    assert not re.search(r"url\((?!#)|@import|<script|<img(?! alt=\"[^\"]*\" src=\"data:)", source)
     assert "<b>Fellow &lt;citizens&gt;</b> &amp; friends" in source
     assert len(outline.ids) == len(set(outline.ids))
 
