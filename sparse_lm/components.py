@@ -55,6 +55,8 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "projection": {
         "dense": "sparse_lm.layers.projection:DenseProjection",
+        "block_sparse": "sparse_lm.weight_sparsity.projection:BlockSparseProjection",
+        "block_sparse_low_rank": "sparse_lm.weight_sparsity.projection:BlockSparseLowRankProjection",
     },
     "optimizer": {
         "adamw": "sparse_lm.train.optimizer:AdamW",

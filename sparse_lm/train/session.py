@@ -16,7 +16,6 @@ from jax.sharding import AbstractMesh, Mesh
 
 from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import map_leaves
-from sparse_lm.layers.parametrization import learning_rate_scales
 from sparse_lm.memory.compression import Tokens
 from sparse_lm.memory.table import hash_differences
 from sparse_lm.model.definition import Definition, define, for_documents, with_classes
@@ -160,7 +159,7 @@ def open_session(
     definition = dataclasses.replace(with_classes(definition, encoder), mesh=mesh.abstract_mesh)
     optimizer, population = recipe.optimizer, recipe.population
     try:
-        scales = learning_rate_scales(recipe.model.parametrization, optimizer, definition.dims, definition.shapes)
+        scales = definition.learning_rate_scales(optimizer)
     except ConfigError as error:
         raise error.within("model.parametrization") from None
     try:

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from sparse_lm.config import Config
 from sparse_lm.layers.parameter import map_leaves
-from sparse_lm.layers.parametrization import learning_rate_scales
 from sparse_lm.model.definition import Batch, Definition, token_info
 from sparse_lm.model.transformer import advance
 from sparse_lm.train.optimizer import Optimizer, ema_update, global_norm_by_group
@@ -135,8 +134,7 @@ def build_step(
       metrics: {"pulse": float32 array in the order of PULSE, "group_norms": {group: norm}, "blocks", "memory": (sum, count) pairs,
       "sparsity": see `Sparsifier.numbers`}.
     """
-    scales = learning_rate_scales(definition.config.parametrization, optimizer, definition.dims, definition.shapes)
-    transformation = optimizer.build(definition.dims, scales)
+    transformation = optimizer.build(definition.dims, definition.learning_rate_scales(optimizer))
     sparse = sparsifier or Sparsifier()
 
     def step(state: TrainState, batch: Batch, multiplier: jax.Array) -> tuple[TrainState, dict[str, Any]]:

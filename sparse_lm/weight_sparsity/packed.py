@@ -1,0 +1,293 @@
+"""Changing the topology of packed matrices while they train: the sparsifier of models whose projections store blocks.
+
+Values, moments and averages of a changed matrix follow their blocks; the lists in the model state are replaced. The change stands
+in a loop that runs once or not at all: XLA updates what a loop carries in place, where a condition would copy it.
+
+Telemetry counts blocks, not weights. State: {"ever": {path: bool [..., R, C]}, "counts": {path: what the last change did}}.
+
+Legend: R, C block rows and columns, J blocks, K inputs, b block size.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.block_sparse_matmul.topology import dense_mask
+from sparse_lm.config import ConfigError, component
+from sparse_lm.layers.tree_paths import flatten
+from sparse_lm.weight_sparsity.door import Change, Moment, Sparsifier, Tree, WeightSparsity
+from sparse_lm.weight_sparsity.gradient_probe import slab_norms
+from sparse_lm.weight_sparsity.packed_matrix import (
+    PackedMatrix,
+    at,
+    lists_of,
+    matrix_keys,
+    nested,
+    replaced,
+    same_pattern,
+)
+from sparse_lm.weight_sparsity.schedules import Periodic
+from sparse_lm.weight_sparsity.telemetry import measure
+from sparse_lm.weight_sparsity.topology_update import (
+    BlockAlgorithm,
+    StaticBlocks,
+    change_topology,
+    companion_norms,
+    moved,
+    square_norms,
+)
+
+if TYPE_CHECKING:  # rooms above this one
+    from sparse_lm.model.definition import Definition
+    from sparse_lm.train.optimizer import Optimizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packed(WeightSparsity):
+    """Which blocks of the model's block-sparse projections exist, and when that changes."""
+
+    algorithm: BlockAlgorithm = component("block_algorithm", StaticBlocks())
+    """How blocks are dropped and grown."""
+    schedule: Periodic = Periodic()
+    """When, and which share of the blocks."""
+
+    def build(self, definition: "Definition", optimizer: "Optimizer", steps: int, microbatches: int) -> "PackedSparsifier":
+        """See WeightSparsity.build."""
+        name, mesh = type(self.algorithm).__name__, definition.mesh
+        if not definition.packed:
+            allowed = "none or masked in a model whose projections are all dense (see --with projection=block_sparse)"
+            raise ConfigError("", "packed", allowed)
+        for path, matrix in definition.packed.items():
+            if self.algorithm.reads == "companion" and "out" not in at(definition.shapes, path):
+                raise ConfigError("algorithm", name, f"one that needs no companion: {path} has none")
+            if self.algorithm.reads == "gradient" and matrix.experts and mesh is not None and mesh.size > 1:
+                raise ConfigError("algorithm", name, f"set or static for experts spread over a mesh ({path})")
+        return PackedSparsifier(self, definition, steps, microbatches)
+
+
+class PackedSparsifier(Sparsifier):
+    """The pure functions of a `Packed` config for one model."""
+
+    def __init__(self, config: Packed, definition: "Definition", steps: int, microbatches: int):
+        self.algorithm, self.schedule, self.steps = config.algorithm, config.schedule, steps
+        self.microbatches, self.packed, self.dims = microbatches, definition.packed, flatten(definition.dims)
+
+    def masks(self, model_state: Tree) -> dict[str, jax.Array]:
+        """Returns which blocks exist in every matrix, bool [..., R, C]."""
+        found = {}
+        for path, matrix in self.packed.items():
+            mask = dense_mask
+            for _ in matrix.batch:
+                mask = jax.vmap(mask)
+            found[path] = mask(matrix.pattern.from_lists(at(model_state, f"{path}.topology")))
+        return found
+
+    def init(self, params: Tree, model_state: Tree, key: jax.Array) -> tuple[Tree, Tree, Tree]:
+        """See Sparsifier.init."""
+        masks = self.masks(model_state)
+        counts = {path: measure(mask, mask, mask) for path, mask in masks.items()}
+        return params, model_state, {"ever": nested(masks), "counts": nested(counts)}
+
+    def state_dims(self, state: Tree) -> Tree:
+        """See Sparsifier.state_dims."""
+        out = {}
+        for path in flatten(state):
+            part, _, rest = path.partition(".")
+            matrix = next(p for p in self.packed if rest == p or rest.startswith(f"{p}."))
+            batch = self.dims[f"{matrix}.values"][:-3]
+            own = ("list", "list") if part == "ever" else ("list",) if rest.endswith(".fan_in") else ()
+            out[path] = (*batch, *own)
+        return nested(out)
+
+    def due(self, step: jax.Array) -> jax.Array | bool:
+        """Says whether the topology changes in this step."""
+        return self.schedule.due(step, self.steps) if self.algorithm.changes else False
+
+    def replaces(self, step: jax.Array) -> jax.Array | bool:
+        """See Sparsifier.replaces."""
+        return self.due(step) if self.algorithm.replaces_step else False
+
+    def update(self, moment: Moment) -> Change:
+        """See Sparsifier.update."""
+        unchanged = Change(moment.params, moment.opt_state, moment.model_state, moment.sparsity, moment.ema)
+        if not self.algorithm.changes:
+            return unchanged
+        # Values and everything that has one number a weight; only these and the lists go through the loop.
+        parts = {"params": moment.params, "opt_state": moment.opt_state, "ema": moment.ema}
+        follow = {
+            (part, leaf): path
+            for part, tree in parts.items()
+            for leaf in flatten(tree)
+            for path in self.packed
+            if f".{leaf}".endswith(f".{path}.values")
+        }
+        carried = {
+            "blocks": {f"{part}/{leaf}": at(parts[part], leaf) for part, leaf in follow},
+            "topology": {path: at(moment.model_state, f"{path}.topology") for path in self.packed},
+            "sparsity": moment.sparsity,
+        }
+
+        def change(_: Any, carried: Tree) -> Tree:
+            values = {path: carried["blocks"][f"params/{path}.values"] for path in self.packed}
+            scores = self.scores(moment, {f"{path}.values": leaf for path, leaf in values.items()})
+            count = self.schedule.drop_fraction(moment.step, self.steps)
+            topology, source, sparsity = self.changed(carried["topology"], values, scores, count, carried["sparsity"])
+            blocks = {
+                f"{part}/{leaf}": moved(carried["blocks"][f"{part}/{leaf}"], source[path])
+                for (part, leaf), path in follow.items()
+            }
+            return {"blocks": blocks, "topology": topology, "sparsity": sparsity}
+
+        times = (jnp.asarray(self.due(moment.step)) & moment.finite).astype(jnp.int32)
+        carried = jax.lax.fori_loop(0, times, change, carried)
+        after = {
+            part: replaced(tree, {leaf: carried["blocks"][f"{part}/{leaf}"] for where, leaf in follow if where == part})
+            for part, tree in parts.items()
+        }
+        lists = {f"{path}.topology": topology for path, topology in carried["topology"].items()}
+        model_state = replaced(moment.model_state, lists)
+        return Change(after["params"], after["opt_state"], model_state, carried["sparsity"], after["ema"])
+
+    def changed(
+        self,
+        topology: dict[str, Tree],
+        values: dict[str, jax.Array],
+        scores: dict[str, jax.Array],
+        fraction: jax.Array,
+        sparsity: Tree,
+    ) -> tuple[dict[str, Tree], dict[str, jax.Array], Tree]:
+        """Drops and grows blocks in every matrix; matrices of one pattern together.
+
+        Args:
+          topology: lists of every matrix.
+          values: its blocks.
+          scores: how much each of its blocks wants to grow, [..., R, C].
+          fraction: share of the blocks to drop; their number is rounded to the nearest.
+          sparsity: state of the sparsifier.
+
+        Returns:
+          (lists of every matrix, where its blocks come from, state of the sparsifier).
+        """
+        lists: dict[str, Tree] = {}
+        source: dict[str, jax.Array] = {}
+        ever, counts = {}, {}
+        for pattern, paths in same_pattern(self.packed).items():
+
+            def flat(a: jax.Array, batch: tuple[int, ...]) -> jax.Array:
+                return a.reshape(-1, *a.shape[len(batch) :])
+
+            def joined(tree_of: Any, paths: list[str] = paths, flat: Any = flat) -> Any:
+                trees = [jax.tree.map(lambda a, p=p: flat(a, self.packed[p].batch), tree_of(p)) for p in paths]
+                return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
+
+            count = jnp.round(fraction * pattern.blocks).astype(jnp.int32)
+            found = jax.vmap(lambda t, n, s, p=pattern, c=count: change_topology(p.from_lists(t), n, s, c, p))(
+                joined(lambda p: topology[p]), joined(lambda p: square_norms(values[p])), joined(lambda p: scores[p])
+            )
+            start = 0
+            for path in paths:
+                batch = self.packed[path].batch
+                size = int(np.prod(batch, initial=1, dtype=int))
+                own = jax.tree.map(lambda a, s=start, n=size, b=batch: a[s : s + n].reshape(*b, *a.shape[1:]), found)
+                new, source[path], before, after = own
+                lists[path] = lists_of(new)
+                existed = at(sparsity["ever"], path)
+                counts[path] = measure(before, after, existed)
+                ever[path] = existed | after
+                start += size
+        return lists, source, {"ever": nested(ever), "counts": nested(counts)}
+
+    def scores(self, moment: Moment, values: Tree) -> dict[str, jax.Array]:
+        """Returns how much each block of every matrix wants to grow, float32 [..., R, C]."""
+        params = replaced(moment.params, values)
+        if self.algorithm.reads == "gradient":
+            return self.gradient_norms(moment, params)
+        if self.algorithm.reads == "companion":
+            return {path: self.companion(params, moment.model_state, path, m) for path, m in self.packed.items()}
+        found = {}
+        for path, matrix in self.packed.items():
+            shape = (matrix.pattern.rows, matrix.pattern.columns)
+            keys = matrix_keys(moment.key, path, matrix)
+            found[path] = jax.vmap(lambda k, s=shape: jax.random.uniform(k, s))(keys).reshape(*matrix.batch, *shape)
+        return found
+
+    def companion(self, params: Tree, model_state: Tree, path: str, matrix: PackedMatrix) -> jax.Array:
+        """Returns the squared norm of every block of a matrix's companion, its inputs in the order of the blocks' rows."""
+        into, out = (at(params, f"{path}.{name}") for name in ("into", "out"))
+        if matrix.permuted:
+            order = at(model_state, f"{path}.permutation")[(..., *[None] * (into.ndim - 2 - bool(matrix.layers)), slice(None))]
+            into = jnp.take_along_axis(into, order[..., None], axis=-2)
+        norms = lambda a, b: companion_norms(a, b, matrix.pattern.block)  # noqa: E731
+        for _ in matrix.batch:
+            norms = jax.vmap(norms)
+        return norms(into, out)
+
+    def gradient_norms(self, moment: Moment, params: Tree) -> dict[str, jax.Array]:
+        """Returns the squared norm of every block of the batch's gradient.
+
+        With one microbatch the backward pass reduces it to norms at once. With several, slabs of the dense gradient are summed over
+        microbatches first, in as many passes as there are slabs.
+        """
+        if self.microbatches == 1:
+            asked = {f"{p}.probe": jnp.zeros((*m.batch, m.pattern.rows, m.pattern.columns)) for p, m in self.packed.items()}
+            grads = moment.gradient(replaced(params, asked))
+            return {path: at(grads, f"{path}.probe") for path in self.packed}
+        slabs = self.algorithm.slabs  # type: ignore[attr-defined]
+        width = {path: -(-matrix.pattern.columns // slabs) for path, matrix in self.packed.items()}
+
+        def first(path: str, slab: Any) -> Any:
+            return jnp.minimum(slab * width[path], self.packed[path].pattern.columns - width[path])
+
+        def norms(slab: jax.Array) -> dict[str, jax.Array]:
+            asked = {}
+            for path, matrix in self.packed.items():
+                pattern = matrix.pattern
+                asked[f"{path}.probe"] = jnp.zeros((*matrix.batch, pattern.inputs, width[path] * pattern.block))
+                layers = (len(matrix.layers),) if matrix.layers else ()
+                asked[f"{path}.slab"] = jnp.full(layers, first(path, slab), jnp.float32)
+            grads = moment.gradient(replaced(params, asked))
+            return {path: slab_norms(at(grads, f"{path}.probe"), m.pattern.block) for path, m in self.packed.items()}
+
+        found = jax.lax.map(norms, jnp.arange(slabs))
+        whole = {}
+        for path, matrix in self.packed.items():
+            score = jnp.zeros((*matrix.batch, matrix.pattern.rows, matrix.pattern.columns), jnp.float32)
+            for slab in range(slabs):
+                start = first(path, slab)
+                score = jax.lax.dynamic_update_slice_in_dim(score, found[path][slab], start, axis=-1)
+            whole[path] = score
+        return whole
+
+    # What is shown.
+
+    def numbers(self, sparsity: Tree, step: jax.Array) -> Tree:
+        """See Sparsifier.numbers; in blocks."""
+        found: Tree = {}
+        for path, matrix in self.packed.items():
+            pattern = matrix.pattern
+            sizes = {"weights": pattern.rows * pattern.columns, "inputs": pattern.rows, "outputs": pattern.columns}
+            sizes |= {"requested": pattern.blocks, "mean_density": pattern.density}
+            full = {name: jnp.full(matrix.batch, size, jnp.float32) for name, size in sizes.items()}
+            found[path] = {**at(sparsity["counts"], path), **full}
+        return found
+
+    def pictures(self, model_state: Tree) -> Tree:
+        """Returns {path of a matrix: float32 density of cells [(layers,) rows, columns]}, experts averaged."""
+        found = {}
+        for path, mask in self.masks(model_state).items():
+            lead = 1 if self.packed[path].layers else 0
+            found[path] = jnp.mean(mask.astype(jnp.float32), axis=tuple(range(lead, mask.ndim - 2)))
+        return found
+
+    def description(self) -> dict[str, Any]:
+        """See Sparsifier.description."""
+        rows = []
+        for path, matrix in self.packed.items():
+            pattern = matrix.pattern
+            row = {"path": path, "shape": [pattern.inputs, pattern.outputs], "block": pattern.block, "blocks": pattern.blocks}
+            row |= {"matrices": int(np.prod(matrix.batch, initial=1)), "density": pattern.density}
+            rows.append(row | {"weights": row["matrices"] * pattern.parameters})
+        return {"matrices": rows, "algorithm": type(self.algorithm).__name__}
