@@ -28,6 +28,7 @@ from sparse_lm.train.population import MEMBERS, member_arrays, over_members
 from sparse_lm.train.state import MASKS, TrainState, dims_of, fresh_state, initial_state, member_keys
 from sparse_lm.train.step import build_step
 from sparse_lm.train.validation import MODEL_ARRAYS
+from sparse_lm.weight_sparsity.block_sparse import check_mesh
 from sparse_lm.weight_sparsity.door import Sparsifier
 
 
@@ -157,6 +158,7 @@ def open_session(
         attention = dataclasses.replace(attention, backend="plain")
     definition = define(dataclasses.replace(recipe.model, attention=attention))
     definition = dataclasses.replace(with_classes(definition, encoder), mesh=mesh.abstract_mesh)
+    check_mesh(definition.packed, mesh)
     optimizer, population = recipe.optimizer, recipe.population
     try:
         scales = definition.learning_rate_scales(optimizer)
@@ -240,7 +242,7 @@ def starting_point(session: Session) -> tuple[TrainState, dict[str, Any] | None]
         for layer in range(model.layers)
         if isinstance(forward := model.feed_forward_of(layer), MoEFeedForward)
     }
-    transforms, partial = transforms_of(start, experts, session.recipe.seed), is_partial(start)
+    transforms, partial = transforms_of(start, experts, session.recipe.seed, session.definition), is_partial(start)
 
     def loaded(fresh: TrainState, tree: dict[str, Any]) -> TrainState:
         """The fresh state of the run, or of all its members, with what the source has."""
