@@ -66,6 +66,13 @@ TABLE: dict[str, dict[str, str]] = {
     "weight_sparsity": {
         "none": "sparse_lm.weight_sparsity.door:NoSparsity",
         "masked": "sparse_lm.weight_sparsity.masked:Masked",
+        "packed": "sparse_lm.weight_sparsity.packed:Packed",
+    },
+    "block_algorithm": {
+        "static": "sparse_lm.weight_sparsity.topology_update:StaticBlocks",
+        "set": "sparse_lm.weight_sparsity.topology_update:SETBlocks",
+        "rigl": "sparse_lm.weight_sparsity.topology_update:RigLBlocks",
+        "magnitude": "sparse_lm.weight_sparsity.topology_update:MagnitudeBlocks",
     },
     "sparse_structure": {
         "unstructured": "sparse_lm.weight_sparsity.structures:Unstructured",

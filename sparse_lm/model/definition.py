@@ -147,7 +147,7 @@ class Definition:
         state = {name: part for name, part in model_state.items() if name != "tables"}
         if rows is None:
             rows, _ = self.fetch(model_state.get("tables", {}), info, cache)
-        model = nnx.merge(self.graph, self.probes, params, state)
+        model = nnx.merge(self.graph, _overlaid(self.probes, params), state)
         with self.on_mesh():
             h_BLD, aux, cache = model(info, cache, rows)
         return h_BLD, model.head_weight(), aux, cache
@@ -227,6 +227,15 @@ class Definition:
     def group_sequences(self) -> int:
         """Sequences in one routing group; the same in every routed layer."""
         return self.config.group_sequences()
+
+
+def _overlaid(below: Tree, above: Tree) -> Tree:
+    """Returns the union of two nested dicts; where both have a leaf, that of the second."""
+    out = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict):
+            out[key] = _overlaid(below[key], above[key])
+    return out
 
 
 def for_documents(definition: Definition, found: int) -> Definition:

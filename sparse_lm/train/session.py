@@ -169,7 +169,8 @@ def open_session(
     except ConfigError as error:
         raise error.within("optimizer") from None
     try:
-        sparsifier = recipe.weight_sparsity.build(definition, optimizer, recipe.train.steps)
+        train = recipe.train
+        sparsifier = recipe.weight_sparsity.build(definition, optimizer, train.steps, train.microbatches)
     except ConfigError as error:
         raise error.within("weight_sparsity") from None
     with_ema = recipe.train.ema_decay is not None

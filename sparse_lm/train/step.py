@@ -179,10 +179,11 @@ def build_step(
                 model_state=keep(advance(definition.config, state.model_state, aux["statistics"]), state.model_state),
                 sparsity=state.sparsity,
                 grads=dense_grads,
+                ema=state.ema,
                 gradient=lambda weights: at(weights)[1],
             )
         )
-        ema = state.ema
+        ema = change.ema
         if train.ema_decay is not None:
             ema = keep(ema_update(ema, change.params, train.ema_decay, state.step), ema)
             ema = sparse.only_existing(ema, change.sparsity)

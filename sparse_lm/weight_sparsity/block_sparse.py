@@ -107,7 +107,9 @@ def check_mesh(packed: dict[str, PackedMatrix], mesh: AbstractMesh | Mesh) -> No
             allowed = f"a multiple of mesh.tensor ({shards}), which splits the rows of {path}"
             raise ConfigError("projection.row_shards", pattern.row_shards, allowed)
         if side == "in" and matrix.permuted:
-            raise ConfigError("projection.permutation", "random", f"none where mesh.tensor ({shards}) splits the inputs of {path}")
+            raise ConfigError(
+                "projection.permutation", "random", f"none where mesh.tensor ({shards}) splits the inputs of {path}"
+            )
 
 
 def _part(topology: BlockTopology, pattern: BlockPattern, side: str, shards: int, index: jax.Array):
@@ -149,9 +151,7 @@ def rows_at_once(rows: int, experts: int) -> int:
 
 
 @jax.custom_vjp
-def grouped_product(
-    x_AK: jax.Array, values_EJbb: jax.Array, topology: BlockTopology, sizes_E: jax.Array
-) -> jax.Array:
+def grouped_product(x_AK: jax.Array, values_EJbb: jax.Array, topology: BlockTopology, sizes_E: jax.Array) -> jax.Array:
     """Multiplies the rows of each expert by its packed matrix; rows past the sum of sizes give zeros.
 
     The kernels want equally many rows of every expert. So M rows of each are taken at a time, and as many rounds are made as the

@@ -39,6 +39,7 @@ class Moment(NamedTuple):
       sparsity: the sparsifier's state before the step.
       grads: gradient by the effective weights, of the whole batch, neither masked nor clipped.
       gradient: effective weights -> gradient of this step's batch at them, for criteria that need a pass of their own.
+      ema: moving average of the parameters before the step, or {}.
     """
 
     step: jax.Array
@@ -51,6 +52,7 @@ class Moment(NamedTuple):
     sparsity: Tree
     grads: Tree
     gradient: Callable[[Tree], Tree]
+    ema: Tree = {}
 
 
 class Change(NamedTuple):
@@ -60,6 +62,7 @@ class Change(NamedTuple):
     opt_state: Tree
     model_state: Tree
     sparsity: Tree
+    ema: Tree
 
 
 class Sparsifier:
@@ -94,7 +97,7 @@ class Sparsifier:
 
     def update(self, moment: Moment) -> Change:
         """Returns parameters, optimizer state, model state and sparsity state after the step."""
-        return Change(moment.params, moment.opt_state, moment.model_state, moment.sparsity)
+        return Change(moment.params, moment.opt_state, moment.model_state, moment.sparsity, moment.ema)
 
     def only_existing(self, tree: Tree, sparsity: Tree) -> Tree:
         """Returns a tree like the parameters (an average, earlier values) without the weights that they do not have."""
@@ -124,13 +127,14 @@ class WeightSparsity(Config):
                 "start_from.rewind", start.rewind, "None, unless weight_sparsity is masked with the algorithm lottery"
             )
 
-    def build(self, definition: "Definition", optimizer: "Optimizer", steps: int) -> Sparsifier:
+    def build(self, definition: "Definition", optimizer: "Optimizer", steps: int, microbatches: int) -> Sparsifier:
         """Builds the sparsifier of a model.
 
         Args:
           definition: the abstract model.
           optimizer: the run's optimizer.
           steps: of the whole run.
+          microbatches: pieces of a batch; norms of gradients do not add over them.
 
         Raises:
           ConfigError: for a combination that cannot work.
@@ -142,7 +146,7 @@ class WeightSparsity(Config):
 class NoSparsity(WeightSparsity):
     """All weights are there all the time."""
 
-    def build(self, definition: "Definition", optimizer: "Optimizer", steps: int) -> Sparsifier:
+    def build(self, definition: "Definition", optimizer: "Optimizer", steps: int, microbatches: int) -> Sparsifier:
         """See WeightSparsity.build."""
         return Sparsifier()
 

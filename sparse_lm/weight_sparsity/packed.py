@@ -3,17 +3,18 @@
 Values, moments and averages of a changed matrix follow their blocks; the lists in the model state are replaced. The change stands
 in a loop that runs once or not at all: XLA updates what a loop carries in place, where a condition would copy it.
 
-Telemetry counts blocks, not weights. State: {"ever": {path: bool [..., R, C]}, "counts": {path: what the last change did}}.
+Telemetry counts blocks, not weights. State: {"mask", "ever": {path: bool [..., R, C], which blocks exist, and have existed},
+"counts": {path: what the last change did}}.
 
 Legend: R, C block rows and columns, J blocks, K inputs, b block size.
 """
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.block_sparse_matmul.topology import dense_mask
 from sparse_lm.config import ConfigError, component
@@ -54,7 +55,9 @@ class Packed(WeightSparsity):
     schedule: Periodic = Periodic()
     """When, and which share of the blocks."""
 
-    def build(self, definition: "Definition", optimizer: "Optimizer", steps: int, microbatches: int) -> "PackedSparsifier":
+    def build(
+        self, definition: "Definition", optimizer: "Optimizer", steps: int, microbatches: int
+    ) -> "PackedSparsifier":
         """See WeightSparsity.build."""
         name, mesh = type(self.algorithm).__name__, definition.mesh
         if not definition.packed:
@@ -89,7 +92,7 @@ class PackedSparsifier(Sparsifier):
         """See Sparsifier.init."""
         masks = self.masks(model_state)
         counts = {path: measure(mask, mask, mask) for path, mask in masks.items()}
-        return params, model_state, {"ever": nested(masks), "counts": nested(counts)}
+        return params, model_state, {"mask": nested(masks), "ever": nested(masks), "counts": nested(counts)}
 
     def state_dims(self, state: Tree) -> Tree:
         """See Sparsifier.state_dims."""
@@ -98,7 +101,7 @@ class PackedSparsifier(Sparsifier):
             part, _, rest = path.partition(".")
             matrix = next(p for p in self.packed if rest == p or rest.startswith(f"{p}."))
             batch = self.dims[f"{matrix}.values"][:-3]
-            own = ("list", "list") if part == "ever" else ("list",) if rest.endswith(".fan_in") else ()
+            own = ("list", "list") if part in ("mask", "ever") else ("list",) if rest.endswith(".fan_in") else ()
             out[path] = (*batch, *own)
         return nested(out)
 
@@ -173,7 +176,7 @@ class PackedSparsifier(Sparsifier):
         """
         lists: dict[str, Tree] = {}
         source: dict[str, jax.Array] = {}
-        ever, counts = {}, {}
+        mask, ever, counts = {}, {}, {}
         for pattern, paths in same_pattern(self.packed).items():
 
             def flat(a: jax.Array, batch: tuple[int, ...]) -> jax.Array:
@@ -190,15 +193,15 @@ class PackedSparsifier(Sparsifier):
             start = 0
             for path in paths:
                 batch = self.packed[path].batch
-                size = int(np.prod(batch, initial=1, dtype=int))
+                size = math.prod(batch)
                 own = jax.tree.map(lambda a, s=start, n=size, b=batch: a[s : s + n].reshape(*b, *a.shape[1:]), found)
                 new, source[path], before, after = own
                 lists[path] = lists_of(new)
                 existed = at(sparsity["ever"], path)
                 counts[path] = measure(before, after, existed)
-                ever[path] = existed | after
+                mask[path], ever[path] = after, existed | after
                 start += size
-        return lists, source, {"ever": nested(ever), "counts": nested(counts)}
+        return lists, source, {"mask": nested(mask), "ever": nested(ever), "counts": nested(counts)}
 
     def scores(self, moment: Moment, values: Tree) -> dict[str, jax.Array]:
         """Returns how much each block of every matrix wants to grow, float32 [..., R, C]."""
@@ -218,7 +221,9 @@ class PackedSparsifier(Sparsifier):
         """Returns the squared norm of every block of a matrix's companion, its inputs in the order of the blocks' rows."""
         into, out = (at(params, f"{path}.{name}") for name in ("into", "out"))
         if matrix.permuted:
-            order = at(model_state, f"{path}.permutation")[(..., *[None] * (into.ndim - 2 - bool(matrix.layers)), slice(None))]
+            order = at(model_state, f"{path}.permutation")[
+                (..., *[None] * (into.ndim - 2 - bool(matrix.layers)), slice(None))
+            ]
             into = jnp.take_along_axis(into, order[..., None], axis=-2)
         norms = lambda a, b: companion_norms(a, b, matrix.pattern.block)  # noqa: E731
         for _ in matrix.batch:
@@ -232,7 +237,9 @@ class PackedSparsifier(Sparsifier):
         microbatches first, in as many passes as there are slabs.
         """
         if self.microbatches == 1:
-            asked = {f"{p}.probe": jnp.zeros((*m.batch, m.pattern.rows, m.pattern.columns)) for p, m in self.packed.items()}
+            asked = {
+                f"{p}.probe": jnp.zeros((*m.batch, m.pattern.rows, m.pattern.columns)) for p, m in self.packed.items()
+            }
             grads = moment.gradient(replaced(params, asked))
             return {path: at(grads, f"{path}.probe") for path in self.packed}
         slabs = self.algorithm.slabs  # type: ignore[attr-defined]
@@ -263,21 +270,26 @@ class PackedSparsifier(Sparsifier):
 
     # What is shown.
 
-    def numbers(self, sparsity: Tree, step: jax.Array) -> Tree:
+    def numbers(self, sparsity: Tree) -> Tree:
         """See Sparsifier.numbers; in blocks."""
         found: Tree = {}
         for path, matrix in self.packed.items():
             pattern = matrix.pattern
-            sizes = {"weights": pattern.rows * pattern.columns, "inputs": pattern.rows, "outputs": pattern.columns}
+            sizes = {
+                "weights": float(pattern.rows * pattern.columns),
+                "inputs": pattern.rows,
+                "outputs": pattern.columns,
+            }
             sizes |= {"requested": pattern.blocks, "mean_density": pattern.density}
             full = {name: jnp.full(matrix.batch, size, jnp.float32) for name, size in sizes.items()}
             found[path] = {**at(sparsity["counts"], path), **full}
         return found
 
-    def pictures(self, model_state: Tree) -> Tree:
-        """Returns {path of a matrix: float32 density of cells [(layers,) rows, columns]}, experts averaged."""
+    def pictures(self, sparsity: Tree) -> Tree:
+        """See Sparsifier.pictures; experts averaged."""
         found = {}
-        for path, mask in self.masks(model_state).items():
+        for path in self.packed:
+            mask = at(sparsity["mask"], path)
             lead = 1 if self.packed[path].layers else 0
             found[path] = jnp.mean(mask.astype(jnp.float32), axis=tuple(range(lead, mask.ndim - 2)))
         return found
@@ -287,7 +299,8 @@ class PackedSparsifier(Sparsifier):
         rows = []
         for path, matrix in self.packed.items():
             pattern = matrix.pattern
-            row = {"path": path, "shape": [pattern.inputs, pattern.outputs], "block": pattern.block, "blocks": pattern.blocks}
-            row |= {"matrices": int(np.prod(matrix.batch, initial=1)), "density": pattern.density}
-            rows.append(row | {"weights": row["matrices"] * pattern.parameters})
+            matrices = math.prod(matrix.batch)
+            row = {"path": path, "shape": [pattern.inputs, pattern.outputs], "matrices": matrices}
+            row |= {"block": pattern.block, "blocks": pattern.blocks, "density": pattern.density}
+            rows.append(row | {"weights": matrices * pattern.parameters})
         return {"matrices": rows, "algorithm": type(self.algorithm).__name__}

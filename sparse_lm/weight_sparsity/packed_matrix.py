@@ -114,7 +114,9 @@ class BlockPattern:
     def from_lists(self, lists: Mapping[str, Any]) -> BlockTopology:
         """Returns the topology of lists, batch dimensions included."""
         sizes = {"features_in": self.inputs, "features_out": self.outputs}
-        return BlockTopology(**{name: lists[name] for name in LISTS}, **sizes, block_in=self.block, block_out=self.block)
+        return BlockTopology(
+            **{name: lists[name] for name in LISTS}, **sizes, block_in=self.block, block_out=self.block
+        )
 
 
 def lists_of(topology: BlockTopology) -> Tree:
@@ -252,7 +254,9 @@ def initial_topologies(key: jax.Array, packed: Mapping[str, PackedMatrix], state
             # One for the experts of a layer; what it is folded with is no expert.
             keys_L = matrix_keys(jax.random.fold_in(key, 1 << 20), path, dataclasses.replace(matrix, experts=0))
             drawn = jax.vmap(lambda k, n=matrix.pattern.inputs: jax.random.permutation(k, n))(keys_L)
-            changes[f"{path}.permutation"] = drawn.astype(jnp.int32).reshape(*((-1,) if matrix.layers else ()), drawn.shape[-1])
+            changes[f"{path}.permutation"] = drawn.astype(jnp.int32).reshape(
+                *((-1,) if matrix.layers else ()), drawn.shape[-1]
+            )
     return replaced(state, changes)
 
 

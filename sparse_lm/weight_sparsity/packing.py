@@ -50,7 +50,9 @@ def pack(weight_KN: np.ndarray, pattern: BlockPattern, rank: int = 0) -> tuple[T
     return parts, {name: np.asarray(leaf) for name, leaf in lists_of(topology).items()}
 
 
-def unpack(parts: Mapping[str, Any], topology: Mapping[str, Any], shape: tuple[int, int], permutation: Any = None) -> np.ndarray:
+def unpack(
+    parts: Mapping[str, Any], topology: Mapping[str, Any], shape: tuple[int, int], permutation: Any = None
+) -> np.ndarray:
     """Returns the dense matrix, or one for each expert, that packed parts stand for.
 
     Args:
@@ -62,7 +64,10 @@ def unpack(parts: Mapping[str, Any], topology: Mapping[str, Any], shape: tuple[i
     values = np.asarray(parts["values"], np.float32)
     if values.ndim == 4:
         experts = range(values.shape[0])
-        one = [({n: np.asarray(a)[e] for n, a in parts.items()}, {n: np.asarray(a)[e] for n, a in topology.items()}) for e in experts]
+        one = [
+            ({n: np.asarray(a)[e] for n, a in parts.items()}, {n: np.asarray(a)[e] for n, a in topology.items()})
+            for e in experts
+        ]
         return np.stack([unpack(own, lists, shape, permutation) for own, lists in one])
     block = values.shape[-1]
     start = np.asarray(topology["column_start"])
@@ -90,7 +95,9 @@ def unrolled(packed: Mapping[str, PackedMatrix]) -> dict[str, PackedMatrix]:
     return found
 
 
-def convert(tree: Tree, packed: Mapping[str, PackedMatrix], ranks: Mapping[str, int], sides: Mapping[str, tuple[int, int]]) -> Tree:
+def convert(
+    tree: Tree, packed: Mapping[str, PackedMatrix], ranks: Mapping[str, int], sides: Mapping[str, tuple[int, int]]
+) -> Tree:
     """Returns a source's tree with every matrix in the storage that a model wants.
 
     Args:

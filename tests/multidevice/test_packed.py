@@ -61,7 +61,12 @@ def result(name: str, **mesh: int):
 
 CASES = [("dense", {"data": 2, "fsdp": 2, "tensor": 2}), ("moe", {"fsdp": 2, "expert": 2})]
 SLOW = [("dense", {axis: 2}) for axis in ("data", "fsdp", "tensor", "context")]
-SLOW += [("dense", {"fsdp": 2, "tensor": 2, "context": 2}), ("moe", {"data": 2}), ("moe", {"expert": 4}), ("moe", {"context": 2})]
+SLOW += [
+    ("dense", {"fsdp": 2, "tensor": 2, "context": 2}),
+    ("moe", {"data": 2}),
+    ("moe", {"expert": 4}),
+    ("moe", {"context": 2}),
+]
 
 
 @pytest.mark.parametrize(

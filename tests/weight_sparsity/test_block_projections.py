@@ -126,7 +126,9 @@ def test_even_loads_take_one_round() -> None:
     """40 rows of 3 experts: 1.25 x 40 / 3 = 16.7, rounded up to a multiple of 8: 24 rows at once; the fullest of even loads has 14."""
     assert rows_at_once(40, 3) == 24
     assert rows_at_once(6, 3) == 6  # never more than there are
-    assert "while" in str(jax.make_jaxpr(grouped_product)(X, normal(E, 2, 16, 16), _topology_of_experts(), jnp.ones(E, jnp.int32)))
+    assert "while" in str(
+        jax.make_jaxpr(grouped_product)(X, normal(E, 2, 16, 16), _topology_of_experts(), jnp.ones(E, jnp.int32))
+    )
 
 
 def _topology_of_experts():
@@ -146,7 +148,9 @@ def test_a_probe_reads_norms_of_all_blocks_and_slabs_of_the_gradient(spread: boo
     @tiny.jit
     def ask(x, dy):
         def one(probe, first):
-            y, pull = jax.vjp(lambda x, y, p: observed(PATTERN, spread, x, y, p, first, None), x, jnp.zeros_like(dy), probe)
+            y, pull = jax.vjp(
+                lambda x, y, p: observed(PATTERN, spread, x, y, p, first, None), x, jnp.zeros_like(dy), probe
+            )
             return y, pull(dy)
 
         return one(jnp.zeros((4, 2)), jnp.float32(0)), one(jnp.zeros((K, 16)), jnp.float32(1))
@@ -166,7 +170,9 @@ def test_a_probe_of_experts_reads_each_ones_gradient() -> None:
 
     @tiny.jit
     def ask(probe):
-        return jax.vjp(lambda p: observed(PATTERN, False, X, jnp.zeros_like(DY), p, jnp.float32(0), sizes_E), probe)[1](DY)[0]
+        return jax.vjp(lambda p: observed(PATTERN, False, X, jnp.zeros_like(DY), p, jnp.float32(0), sizes_E), probe)[1](
+            DY
+        )[0]
 
     norms = ask(jnp.zeros((E, 4, 2)))
     np.testing.assert_allclose(norms, (dense.reshape(E, 4, 16, 2, 16) ** 2).sum((2, 4)), rtol=1e-4)

@@ -130,7 +130,9 @@ def test_counts_are_exact(data: st.DataObject) -> None:
         assert set(np.flatnonzero(mask & ~after)) <= set(order.tolist())
         assert gone.max() <= np.sort(drawn[1][mask])[max(count - 1, 0)] and kept.size
     grown, free = after & ~mask, ~after
-    group_of = np.asarray(pattern.ungrouped(jnp.broadcast_to(jnp.arange(groups.size)[:, None], (groups.size, 8 // groups.size))))
+    group_of = np.asarray(
+        pattern.ungrouped(jnp.broadcast_to(jnp.arange(groups.size)[:, None], (groups.size, 8 // groups.size)))
+    )
     for place in np.argwhere(grown):
         rivals = free & (group_of == group_of[tuple(place)])
         assert drawn[2][tuple(place)] >= drawn[2][rivals].max(initial=-np.inf)
