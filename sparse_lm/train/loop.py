@@ -337,7 +337,7 @@ class Run:
                 with meter.waiting():
                     ahead.append(prefetch.next())
                 batch, _, data_state = ahead.popleft()
-                state, metrics = programs(self.documents.popleft())(state, batch)
+                state, metrics = programs(self.documents.popleft(), session.sparsifier.apart(step))(state, batch)
                 self.cluster.progress(f"step {step + 1}")
                 self._report(meter)
                 done = step + 1
@@ -416,18 +416,20 @@ class Run:
             ]
         )
 
-    def _programs(self) -> tuple[Callable[[int], Any], float]:
-        """Returns (the compiled step for a batch's most documents in a row, seconds of the first compile)."""
+    def _programs(self) -> tuple[Callable[[int, bool], Any], float]:
+        """Returns (the compiled step by a batch's most documents in a row and `Sparsifier.apart`, seconds of the first compile)."""
         first = self.recipe.model.attention.max_documents
         compiled, seconds = self.session.compile_step(first)
-        programs = {first: compiled}
+        programs = {(first, False): compiled}
 
-        def program(documents: int) -> Any:
+        def program(documents: int, changes: bool) -> Any:
             most = documents_bucket(first, documents)
-            if most not in programs:
-                programs[most], seconds = self.session.compile_step(most)
-                self.progress.event(f"compiled a step for up to {most} documents in a row in {seconds:.1f} s")
-            return programs[most]
+            if (most, changes) not in programs:
+                arguments = {"changes": True} if changes else {}
+                programs[most, changes], seconds = self.session.compile_step(most, **arguments)
+                what = " that changes the topology" if changes else ""
+                self.progress.event(f"compiled a step{what} for up to {most} documents in a row in {seconds:.1f} s")
+            return programs[most, changes]
 
         return program, seconds
 

@@ -84,11 +84,16 @@ class Session:
 
         return {name: place(batch[name]) for name in MODEL_ARRAYS}
 
-    def trace_step(self, documents: int = 1) -> Any:
-        """Traces the step for batches with up to `documents` documents in a row; returns JAX's traced program."""
+    def trace_step(self, documents: int = 1, changes: bool = False) -> Any:
+        """Traces the step for batches with up to `documents` documents in a row; returns JAX's traced program.
+
+        Args:
+          documents: most documents in a row.
+          changes: whether it is the program for the steps that `Sparsifier.apart` names.
+        """
         recipe, definition = self.recipe, for_documents(self.definition, documents)
         members = MEMBERS if recipe.population.active else None
-        step = build_step(definition, recipe.optimizer, recipe.train, self.sparsifier, members)
+        step = build_step(definition, recipe.optimizer, recipe.train, self.sparsifier, members, changes)
         step = over_members(step, recipe.population, (0, None, 0))
         shape = (recipe.data.batch_size, recipe.data.sequence_length)
         batch = {
@@ -108,14 +113,14 @@ class Session:
         jitted = jax.jit(placed, donate_argnums=0, out_shardings=(self.shardings, rules.replicated(self.mesh)))
         return jitted.trace(state, batch)
 
-    def compile_step(self, documents: int = 1) -> tuple[Any, float]:
-        """Compiles the step ahead of time for batches with up to `documents` documents in a row.
+    def compile_step(self, documents: int = 1, changes: bool = False) -> tuple[Any, float]:
+        """Compiles the step ahead of time; arguments as for `trace_step`.
 
         Returns:
           (step(state, batch) -> (state, metrics), seconds).
         """
         start = time.perf_counter()
-        compiled = self.trace_step(documents).lower().compile()
+        compiled = self.trace_step(documents, changes).lower().compile()
         return compiled, time.perf_counter() - start
 
 

@@ -119,6 +119,7 @@ def build_step(
     train: Train,
     sparsifier: Sparsifier | None = None,
     members: str | None = None,
+    changes: bool = True,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """Builds the pure step.
 
@@ -128,6 +129,7 @@ def build_step(
       train: length and numerics.
       sparsifier: what makes weights sparse; None: nothing does.
       members: name of the axis over which the step will be vmapped, or None.
+      changes: False builds the program for the steps that `Sparsifier.apart` does not name.
 
     Returns:
       step(state, batch, multiplier) -> (state, metrics). `multiplier` scales the learning rate (1 outside populations).
@@ -180,6 +182,7 @@ def build_step(
                 sparsity=state.sparsity,
                 grads=dense_grads,
                 ema=state.ema,
+                changes=changes,
                 gradient=lambda weights: at(weights)[1],
             )
         )

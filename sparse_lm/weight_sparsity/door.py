@@ -40,6 +40,7 @@ class Moment(NamedTuple):
       grads: gradient by the effective weights, of the whole batch, neither masked nor clipped.
       gradient: effective weights -> gradient of this step's batch at them, for criteria that need a pass of their own.
       ema: moving average of the parameters before the step, or {}.
+      changes: static; False in the program for steps that change nothing, see `Sparsifier.apart`.
     """
 
     step: jax.Array
@@ -53,6 +54,7 @@ class Moment(NamedTuple):
     grads: Tree
     gradient: Callable[[Tree], Tree]
     ema: Tree = {}
+    changes: bool = True
 
 
 class Change(NamedTuple):
@@ -93,6 +95,14 @@ class Sparsifier:
 
     def replaces(self, step: jax.Array) -> jax.Array | bool:
         """Says whether this step changes masks instead of taking the optimizer's step."""
+        return False
+
+    def apart(self, step: int) -> bool:
+        """Says, on the host, whether this step runs in a program of its own.
+
+        A condition inside one program makes the host wait for the device in every step; a sparsifier that changes things in some steps
+        only, at a high price, may keep that out of the program of the others.
+        """
         return False
 
     def update(self, moment: Moment) -> Change:

@@ -1,7 +1,8 @@
 """Changing the topology of packed matrices while they train: the sparsifier of models whose projections store blocks.
 
-Values, moments and averages of a changed matrix follow their blocks; the lists in the model state are replaced. The change stands
-in a loop that runs once or not at all: XLA updates what a loop carries in place, where a condition would copy it.
+Values, moments and averages of a changed matrix follow their blocks; the lists in the model state are replaced. Steps that change
+the topology have a program of their own (`Sparsifier.apart`): the others neither hold the pass that growth needs nor wait for a
+condition. In a step that is not finite every block stays where it is.
 
 Telemetry counts blocks, not weights. State: {"mask", "ever": {path: bool [..., R, C], which blocks exist, and have existed},
 "counts": {path: what the last change did}}.
@@ -105,7 +106,7 @@ class PackedSparsifier(Sparsifier):
             out[path] = (*batch, *own)
         return nested(out)
 
-    def due(self, step: jax.Array) -> jax.Array | bool:
+    def due(self, step: Any) -> Any:
         """Says whether the topology changes in this step."""
         return self.schedule.due(step, self.steps) if self.algorithm.changes else False
 
@@ -113,12 +114,15 @@ class PackedSparsifier(Sparsifier):
         """See Sparsifier.replaces."""
         return self.due(step) if self.algorithm.replaces_step else False
 
+    def apart(self, step: int) -> bool:
+        """See Sparsifier.apart."""
+        return bool(self.due(step))
+
     def update(self, moment: Moment) -> Change:
         """See Sparsifier.update."""
-        unchanged = Change(moment.params, moment.opt_state, moment.model_state, moment.sparsity, moment.ema)
-        if not self.algorithm.changes:
-            return unchanged
-        # Values and everything that has one number a weight; only these and the lists go through the loop.
+        if not self.algorithm.changes or not moment.changes:
+            return Change(moment.params, moment.opt_state, moment.model_state, moment.sparsity, moment.ema)
+        # Values, and whatever else has one number a weight.
         parts = {"params": moment.params, "opt_state": moment.opt_state, "ema": moment.ema}
         follow = {
             (part, leaf): path
@@ -127,32 +131,24 @@ class PackedSparsifier(Sparsifier):
             for path in self.packed
             if f".{leaf}".endswith(f".{path}.values")
         }
-        carried = {
-            "blocks": {f"{part}/{leaf}": at(parts[part], leaf) for part, leaf in follow},
-            "topology": {path: at(moment.model_state, f"{path}.topology") for path in self.packed},
-            "sparsity": moment.sparsity,
-        }
-
-        def change(_: Any, carried: Tree) -> Tree:
-            values = {path: carried["blocks"][f"params/{path}.values"] for path in self.packed}
-            scores = self.scores(moment, {f"{path}.values": leaf for path, leaf in values.items()})
-            count = self.schedule.drop_fraction(moment.step, self.steps)
-            topology, source, sparsity = self.changed(carried["topology"], values, scores, count, carried["sparsity"])
-            blocks = {
-                f"{part}/{leaf}": moved(carried["blocks"][f"{part}/{leaf}"], source[path])
-                for (part, leaf), path in follow.items()
-            }
-            return {"blocks": blocks, "topology": topology, "sparsity": sparsity}
-
-        times = (jnp.asarray(self.due(moment.step)) & moment.finite).astype(jnp.int32)
-        carried = jax.lax.fori_loop(0, times, change, carried)
+        topology = {path: at(moment.model_state, f"{path}.topology") for path in self.packed}
+        values = {path: at(moment.params, f"{path}.values") for path in self.packed}
+        changing = moment.finite & self.due(moment.step)
+        share = self.schedule.drop_fraction(moment.step, self.steps)
+        new, source, sparsity = self.changed(topology, values, self.scores(moment), share, moment.sparsity)
+        new, sparsity = jax.tree.map(
+            lambda n, o: jnp.where(changing, n, o), (new, sparsity), (topology, moment.sparsity)
+        )
+        stay = {path: jnp.broadcast_to(jnp.arange(s.shape[-1], dtype=s.dtype), s.shape) for path, s in source.items()}
+        source = {path: jnp.where(changing, s, stay[path]) for path, s in source.items()}
         after = {
-            part: replaced(tree, {leaf: carried["blocks"][f"{part}/{leaf}"] for where, leaf in follow if where == part})
+            part: replaced(
+                tree, {leaf: moved(at(tree, leaf), source[follow[part, leaf]]) for w, leaf in follow if w == part}
+            )
             for part, tree in parts.items()
         }
-        lists = {f"{path}.topology": topology for path, topology in carried["topology"].items()}
-        model_state = replaced(moment.model_state, lists)
-        return Change(after["params"], after["opt_state"], model_state, carried["sparsity"], after["ema"])
+        model_state = replaced(moment.model_state, {f"{path}.topology": lists for path, lists in new.items()})
+        return Change(after["params"], after["opt_state"], model_state, sparsity, after["ema"])
 
     def changed(
         self,
@@ -203,13 +199,12 @@ class PackedSparsifier(Sparsifier):
                 start += size
         return lists, source, {"mask": nested(mask), "ever": nested(ever), "counts": nested(counts)}
 
-    def scores(self, moment: Moment, values: Tree) -> dict[str, jax.Array]:
+    def scores(self, moment: Moment) -> dict[str, jax.Array]:
         """Returns how much each block of every matrix wants to grow, float32 [..., R, C]."""
-        params = replaced(moment.params, values)
         if self.algorithm.reads == "gradient":
-            return self.gradient_norms(moment, params)
+            return self.gradient_norms(moment, moment.before)
         if self.algorithm.reads == "companion":
-            return {path: self.companion(params, moment.model_state, path, m) for path, m in self.packed.items()}
+            return {path: self.companion(moment.params, moment.model_state, path, m) for path, m in self.packed.items()}
         found = {}
         for path, matrix in self.packed.items():
             shape = (matrix.pattern.rows, matrix.pattern.columns)
