@@ -264,7 +264,11 @@ def write_description(session: Session, dataset: Dataset, run_dir: pathlib.Path)
         "accounting.json": [row._asdict() for row in lines.rows],
     }
     if sparse := session.sparsifier.description():
-        documents["sparsity.json"] = with_operations(sparse, session.recipe.model, lines.forward_flops)
+        dense = lines.forward_flops
+        if session.sparsifier.accounted:
+            absent_weights = {r["path"]: r["matrices"] * math.prod(r["shape"]) - r["kept"] for r in sparse["matrices"]}
+            dense += absent_operations(session.recipe.model, absent_weights)
+        documents["sparsity.json"] = with_operations(sparse, session.recipe.model, dense)
     for name, document in documents.items():
         storage.write_atomically(run_dir / name, (json.dumps(document, indent=1, default=str) + "\n").encode())
 
@@ -488,11 +492,12 @@ class Run:
         if not found:
             return {}
         members, model = self.recipe.population.active, self.recipe.model
-        dense = account(model, self.recipe.data.sequence_length, measured=measured).train_flops
+        all_there = account(model, self.recipe.data.sequence_length, measured=measured).train_flops
+        factor = 0.0 if self.session.sparsifier.accounted else 3.0
         row = sparsity_row(found, members)
         for name, mean in (("flops_per_token", False), ("mean_flops_per_token", True)):
-            saved = 3.0 * absent_operations(model, absent(found, members, mean=mean), measured)
-            row[f"sparsity/{name}"] = np.asarray(dense - saved).tolist()
+            saved = factor * absent_operations(model, absent(found, members, mean=mean), measured)
+            row[f"sparsity/{name}"] = np.asarray(all_there - saved).tolist()
         return row
 
     def _skipped(self, done: int, pulse: dict[str, np.ndarray], metrics: dict[str, Any]) -> None:

@@ -70,6 +70,8 @@ class Change(NamedTuple):
 class Sparsifier:
     """Base of the sparsifiers; itself dense training, which changes nothing."""
 
+    accounted: bool = False
+    """Whether the model's account already leaves out the weights that do not exist."""
     forward_reads: tuple[str, ...] = ()
     """Parts of the state that `forward_params` reads; none: the parameters are what the model computes with."""
 

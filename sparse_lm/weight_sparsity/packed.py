@@ -4,7 +4,7 @@ Values, moments and averages of a changed matrix follow their blocks; the lists 
 the topology have a program of their own (`Sparsifier.apart`): the others neither hold the pass that growth needs nor wait for a
 condition. In a step that is not finite every block stays where it is.
 
-Telemetry counts blocks, not weights. State: {"mask", "ever": {path: bool [..., R, C], which blocks exist, and have existed},
+State: {"mask", "ever": {path: bool [..., R, C], which blocks exist, and have existed},
 "counts": {path: what the last change did}}.
 
 Legend: R, C block rows and columns, J blocks, K inputs, b block size.
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_matmul.topology import dense_mask
 from sparse_lm.config import ConfigError, component
-from sparse_lm.layers.tree_paths import flatten
+from sparse_lm.layers.tree_paths import flatten, role
 from sparse_lm.weight_sparsity.door import Change, Moment, Sparsifier, Tree, WeightSparsity
 from sparse_lm.weight_sparsity.gradient_probe import slab_norms
 from sparse_lm.weight_sparsity.packed_matrix import (
@@ -31,6 +31,7 @@ from sparse_lm.weight_sparsity.packed_matrix import (
     replaced,
     same_pattern,
 )
+from sparse_lm.weight_sparsity.packing import unrolled
 from sparse_lm.weight_sparsity.schedules import Periodic
 from sparse_lm.weight_sparsity.telemetry import measure
 from sparse_lm.weight_sparsity.topology_update import (
@@ -74,6 +75,8 @@ class Packed(WeightSparsity):
 
 class PackedSparsifier(Sparsifier):
     """The pure functions of a `Packed` config for one model."""
+
+    accounted = True
 
     def __init__(self, config: Packed, definition: "Definition", steps: int, microbatches: int):
         self.algorithm, self.schedule, self.steps = config.algorithm, config.schedule, steps
@@ -266,18 +269,17 @@ class PackedSparsifier(Sparsifier):
     # What is shown.
 
     def numbers(self, sparsity: Tree) -> Tree:
-        """See Sparsifier.numbers; in blocks."""
+        """See Sparsifier.numbers; inputs, outputs and fan-in are counted in blocks."""
         found: Tree = {}
         for path, matrix in self.packed.items():
-            pattern = matrix.pattern
-            sizes = {
-                "weights": float(pattern.rows * pattern.columns),
-                "inputs": pattern.rows,
-                "outputs": pattern.columns,
-            }
-            sizes |= {"requested": pattern.blocks, "mean_density": pattern.density}
+            pattern, weights = matrix.pattern, float(matrix.pattern.block**2)
+            counts = dict(at(sparsity["counts"], path))
+            # Blocks times a power of two: exact in float32.
+            counts |= {name: weights * counts[name] for name in ("active", "kept", "grown", "regrown", "never")}
+            sizes = {"weights": weights * pattern.rows * pattern.columns, "requested": weights * pattern.blocks}
+            sizes |= {"inputs": float(pattern.rows), "outputs": float(pattern.columns), "mean_density": pattern.density}
             full = {name: jnp.full(matrix.batch, size, jnp.float32) for name, size in sizes.items()}
-            found[path] = {**at(sparsity["counts"], path), **full}
+            found[path] = counts | full
         return found
 
     def pictures(self, sparsity: Tree) -> Tree:
@@ -292,10 +294,10 @@ class PackedSparsifier(Sparsifier):
     def description(self) -> dict[str, Any]:
         """See Sparsifier.description."""
         rows = []
-        for path, matrix in self.packed.items():
-            pattern = matrix.pattern
-            matrices = math.prod(matrix.batch)
+        for path, matrix in unrolled(self.packed).items():
+            pattern, matrices = matrix.pattern, max(1, matrix.experts)
             row = {"path": path, "shape": [pattern.inputs, pattern.outputs], "matrices": matrices}
-            row |= {"block": pattern.block, "blocks": pattern.blocks, "density": pattern.density}
-            rows.append(row | {"weights": matrices * pattern.parameters})
-        return {"matrices": rows, "algorithm": type(self.algorithm).__name__}
+            rows.append(row | {"kept": matrices * pattern.parameters, "block": pattern.block})
+        owners = tuple(f"{path}." for path in self.packed)
+        dense = {path: role(dims) for path, dims in self.dims.items() if not path.startswith(owners)}
+        return {"matrices": rows, "dense": dense, "algorithm": type(self.algorithm).__name__}

@@ -201,14 +201,14 @@ def test_a_step_that_is_not_finite_changes_no_topology() -> None:
     assert dict(zip(PULSE, np.asarray(metrics["pulse"])))["skipped"] == 1
 
 
-def test_numbers_count_blocks() -> None:
+def test_numbers_count_weights_by_blocks() -> None:
     _, metrics = step()(states()[2], BATCH, jnp.float32(1))
     found = {path: {n: np.asarray(a) for n, a in leaf.items()} for path, leaf in metrics["sparsity"].items()}
     for path in PATHS:
         numbers, (old, new) = found[path], (masks(s)[path] for s in states()[2:4])
-        assert numbers["active"] == numbers["requested"] == new.sum()
-        assert numbers["grown"] == (new & ~old).sum() and numbers["kept"] == (new & old).sum()
-        assert numbers["weights"] == new.size and numbers["mean_density"] == np.float32(new.mean())
+        assert numbers["active"] == numbers["requested"] == 256 * new.sum()  # blocks of 16 x 16
+        assert numbers["grown"] == 256 * (new & ~old).sum() and numbers["kept"] == 256 * (new & old).sum()
+        assert numbers["weights"] == 256 * new.size and numbers["mean_density"] == np.float32(new.mean())
 
 
 # One model with all of it: packed experts with a companion and a memory beside them.
