@@ -26,6 +26,8 @@ SMALL: dict[str, Any] = {
     "log_every": 1,
     "experts": 4,
     "k": 2,
+    "block": 16,
+    "rank": 2,
     "rows": 1000,
 }
 """Upper bounds by field name, wherever the field occurs."""

@@ -55,6 +55,8 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "projection": {
         "dense": "sparse_lm.layers.projection:DenseProjection",
+        "block_sparse": "sparse_lm.weight_sparsity.projection:BlockSparseProjection",
+        "block_sparse_low_rank": "sparse_lm.weight_sparsity.projection:BlockSparseLowRankProjection",
     },
     "optimizer": {
         "adamw": "sparse_lm.train.optimizer:AdamW",
@@ -64,6 +66,13 @@ TABLE: dict[str, dict[str, str]] = {
     "weight_sparsity": {
         "none": "sparse_lm.weight_sparsity.door:NoSparsity",
         "masked": "sparse_lm.weight_sparsity.masked:Masked",
+        "packed": "sparse_lm.weight_sparsity.packed:Packed",
+    },
+    "block_algorithm": {
+        "static": "sparse_lm.weight_sparsity.topology_update:StaticBlocks",
+        "set": "sparse_lm.weight_sparsity.topology_update:SETBlocks",
+        "rigl": "sparse_lm.weight_sparsity.topology_update:RigLBlocks",
+        "magnitude": "sparse_lm.weight_sparsity.topology_update:MagnitudeBlocks",
     },
     "sparse_structure": {
         "unstructured": "sparse_lm.weight_sparsity.structures:Unstructured",

@@ -7,9 +7,10 @@ from typing import Any
 
 from etils import epath
 
-from sparse_lm.config import Config, ConfigError, component, from_dict, to_dict, validate
+from sparse_lm.config import Config, ConfigError, children, component, from_dict, to_dict, validate
 from sparse_lm.data.pipeline import DataConfig
 from sparse_lm.data.storage import write_atomically
+from sparse_lm.layers.projection import Projection
 from sparse_lm.model.transformer import Model
 from sparse_lm.parallel.distributed import Distributed
 from sparse_lm.parallel.mesh import MeshShape
@@ -80,6 +81,11 @@ class Recipe(Config):
             allowed = "0, because validation.every = 0 gives checkpoints no validation loss to be best in"
             raise ConfigError("checkpoint.keep_best", self.checkpoint.keep_best, allowed)
         self.weight_sparsity.check_start(self.start_from)
+        if not self.optimizer.elementwise:
+            for path, config in children(self.model, "model"):
+                if isinstance(config, Projection) and config.packed:
+                    allowed = f"an elementwise one such as adamw: {path} stores blocks, which an optimizer of whole matrices does not see"
+                    raise ConfigError("optimizer", type(self.optimizer).__name__, allowed)
         try:
             self.optimizer.schedule.check_run(self.train.steps)
         except ConfigError as error:

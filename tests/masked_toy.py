@@ -46,7 +46,7 @@ def sparsifier(
         shapes=nested(shapes), dims=nested(dims), frozen=nested(dict.fromkeys(shapes, False)), config=None
     )
     config.check()
-    return config.build(definition, optimizer or AdamW(), steps)
+    return config.build(definition, optimizer or AdamW(), steps, 1)
 
 
 class After(NamedTuple):

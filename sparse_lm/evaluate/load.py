@@ -80,7 +80,8 @@ def open_run(run_dir: pathlib.Path, *, step: int | None = None) -> Loaded:
     """
     recipe = load_recipe(run_dir)
     directory = checkpoint_directory(run_dir, recipe.checkpoint)
-    sparsifier = recipe.weight_sparsity.build(define(recipe.model), recipe.optimizer, recipe.train.steps)
+    train = recipe.train
+    sparsifier = recipe.weight_sparsity.build(define(recipe.model), recipe.optimizer, train.steps, train.microbatches)
     unread = ("opt_state", "tables.slots", *([] if sparsifier.forward_reads else ["sparsity"]))
     source = read_checkpoint(directory, step, without=unread)
     averaged = bool(source.state.get("ema"))

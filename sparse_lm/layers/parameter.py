@@ -9,7 +9,7 @@ import functools
 import re
 import zlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,32 @@ RUN_KEY = re.compile(r"^(\d+)_to_(\d+)$")
 """The name of a stacked run of equal blocks: first and last block number."""
 
 
-def declare(shape: tuple[int, ...], dims: Dims, init: Init = "normal", *, frozen: bool = False) -> nnx.Param:
+class ModelState(nnx.Variable):
+    """A value that training changes without a gradient, such as a router's bias or the pattern of a sparse matrix."""
+
+
+class StandsFor(NamedTuple):
+    """The matrix of which a parameter is a storage: what initial scales and learning rates follow.
+
+    Attributes:
+      dims: logical dims of the matrix, batch dims included.
+      shape: its shape.
+      density: fraction of it that exists.
+    """
+
+    dims: Dims
+    shape: tuple[int, ...]
+    density: float
+
+
+def declare(
+    shape: tuple[int, ...],
+    dims: Dims,
+    init: Init = "normal",
+    *,
+    frozen: bool = False,
+    stands_for: StandsFor | None = None,
+) -> nnx.Param:
     """Declares a float32 parameter inside a module's constructor (run under `nnx.eval_shape`).
 
     Args:
@@ -30,9 +55,11 @@ def declare(shape: tuple[int, ...], dims: Dims, init: Init = "normal", *, frozen
       dims: one logical name per dimension; sharding, decay groups, Muon and initial scales read only these.
       init: "normal" (the parametrization gives the deviation), "zeros" or "ones".
       frozen: whether training leaves it as it is, without decay either.
+      stands_for: the matrix that it stores, where that is not the array itself.
     """
     assert len(shape) == len(dims), f"{dims} does not name the dimensions of {shape}"
-    return nnx.Param(jnp.zeros(shape, jnp.float32), dims=dims, init=init, frozen=frozen)
+    stands_for = stands_for or StandsFor(dims, shape, 1.0)
+    return nnx.Param(jnp.zeros(shape, jnp.float32), dims=dims, init=init, frozen=frozen, stands_for=stands_for)
 
 
 def map_leaves(function: Callable[..., Any], tree: Any, *rest: Any, path: tuple[str, ...] = ()) -> Any:

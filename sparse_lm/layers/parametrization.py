@@ -47,14 +47,16 @@ def writes_residual(dims: Dims) -> bool:
 def residual_writes(dims: Tree, shapes: Tree) -> int:
     """Returns how many times the residual stream is written to: 2 * layers in a plain transformer.
 
-    The experts of a layer count once; shared experts beside routed ones count apart.
+    The experts of a layer count once; shared experts beside routed ones count apart. Leaves of one module with equal dims store one
+    matrix together and count once.
     """
     sizes = flatten(shapes)
-    total = 0
+    writes: dict[tuple[str, Dims], int] = {}
     for path, leaf_dims in flatten(dims).items():
         if writes_residual(leaf_dims):
-            total += _shape(sizes[path])[leaf_dims.index("layers")] if "layers" in leaf_dims else 1
-    return total
+            layers = _shape(sizes[path])[leaf_dims.index("layers")] if "layers" in leaf_dims else 1
+            writes[path.rpartition(".")[0] or path, leaf_dims] = layers
+    return sum(writes.values())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,9 @@ class Parametrization(Config):
         self.require(self.gain >= 0.0, "gain", "a number >= 0")
         self.require(self.head_gain >= 0.0, "head_gain", "a number >= 0")
 
-    def init_scale(self, path: str, dims: Dims, shape: tuple[int, ...], residual_writes: int = 1) -> float:
+    def init_scale(
+        self, path: str, dims: Dims, shape: tuple[int, ...], residual_writes: int = 1, density: float = 1.0
+    ) -> float:
         """Returns the standard deviation of the initial values of a leaf.
 
         Args:
@@ -83,6 +87,7 @@ class Parametrization(Config):
           dims: its logical dims.
           shape: its shape, batch dims included.
           residual_writes: writes to the residual stream in the whole model (2 * layers).
+          density: fraction of the matrix that exists; its fan-in is that fraction of the inputs.
 
         Returns:
           The standard deviation; 0 for vectors, whose modules start from ones (norms) or zeros (biases).
@@ -94,12 +99,14 @@ class Parametrization(Config):
             return self.embedding_std
         if leaf_role == "head":
             return self.head_gain / math.sqrt(fan_in(shape))
-        scale = self.gain / math.sqrt(fan_in(shape))
+        scale = self.gain / math.sqrt(fan_in(shape) * density)
         if self.scale_residual and writes_residual(dims):
             scale /= math.sqrt(residual_writes)
         return scale
 
-    def learning_rate_scale(self, path: str, dims: Dims, shape: tuple[int, ...], optimizer_kind: UpdateKind) -> float:
+    def learning_rate_scale(
+        self, path: str, dims: Dims, shape: tuple[int, ...], optimizer_kind: UpdateKind, density: float = 1.0
+    ) -> float:
         """Returns the multiplier of a leaf's learning rate under an update of this kind."""
         return 1.0
 
@@ -153,15 +160,19 @@ class MuP(Parametrization):
             )
         return shape[len(shape) - len(core) + core.index("embed")] / self.base_width
 
-    def init_scale(self, path: str, dims: Dims, shape: tuple[int, ...], residual_writes: int = 1) -> float:
-        scale = super().init_scale(path, dims, shape, residual_writes)
+    def init_scale(
+        self, path: str, dims: Dims, shape: tuple[int, ...], residual_writes: int = 1, density: float = 1.0
+    ) -> float:
+        scale = super().init_scale(path, dims, shape, residual_writes, density)
         if role(dims) == "head":
             return self.head_gain / math.sqrt(self.base_width)
         if role(dims) == "router":
             return scale / math.sqrt(self.width_multiplier(path, dims, shape))
         return scale
 
-    def learning_rate_scale(self, path: str, dims: Dims, shape: tuple[int, ...], optimizer_kind: UpdateKind) -> float:
+    def learning_rate_scale(
+        self, path: str, dims: Dims, shape: tuple[int, ...], optimizer_kind: UpdateKind, density: float = 1.0
+    ) -> float:
         if role(dims) not in ("matrix", "router") or optimizer_kind == "muon_spectral":
             return 1.0
         multiplier = self.width_multiplier(path, dims, shape)
@@ -197,7 +208,7 @@ class SparseMuP(MuP):
     """Sparse maximal update parametrization (Dey et al. 2024, arXiv 2405.15743, table 1) for statically sparse matrices.
 
     A matrix of density p sees p * fan-in inputs: initial variance and Adam's learning rate are divided by p as by the width
-    multiplier. The paper derives this for random unstructured masks and Adam; other optimizers are refused where p < 1.
+    multiplier. Matrices stored as blocks bring their own density; of others it is named here. The paper derives this for random unstructured masks and Adam; other optimizers are refused where p < 1.
     """
 
     densities: tuple[PathDensity, ...] = ()
@@ -214,13 +225,17 @@ class SparseMuP(MuP):
         """Returns the density of a leaf."""
         return next((entry.density for entry in self.densities if matches(entry.path, path)), 1.0)
 
-    def init_scale(self, path: str, dims: Dims, shape: tuple[int, ...], residual_writes: int = 1) -> float:
-        scale = super().init_scale(path, dims, shape, residual_writes)
-        return scale / math.sqrt(self.density(path)) if role(dims) == "matrix" else scale
+    def init_scale(
+        self, path: str, dims: Dims, shape: tuple[int, ...], residual_writes: int = 1, density: float = 1.0
+    ) -> float:
+        density = density if density < 1.0 or role(dims) != "matrix" else self.density(path)
+        return super().init_scale(path, dims, shape, residual_writes, density)
 
-    def learning_rate_scale(self, path: str, dims: Dims, shape: tuple[int, ...], optimizer_kind: UpdateKind) -> float:
+    def learning_rate_scale(
+        self, path: str, dims: Dims, shape: tuple[int, ...], optimizer_kind: UpdateKind, density: float = 1.0
+    ) -> float:
         scale = super().learning_rate_scale(path, dims, shape, optimizer_kind)
-        density = self.density(path)
+        density = density if density < 1.0 else self.density(path)
         if role(dims) != "matrix" or density == 1.0:
             return scale
         if optimizer_kind != "adam":
@@ -232,7 +247,9 @@ def _shape(leaf: Any) -> tuple[int, ...]:
     return tuple(getattr(leaf, "shape", leaf))
 
 
-def initial_scales(parametrization: Parametrization, dims: Tree, shapes: Tree, writes: int | None = None) -> Tree:
+def initial_scales(
+    parametrization: Parametrization, dims: Tree, shapes: Tree, writes: int | None = None, densities: Tree | None = None
+) -> Tree:
     """Returns the tree of standard deviations of initial values.
 
     Args:
@@ -240,6 +257,7 @@ def initial_scales(parametrization: Parametrization, dims: Tree, shapes: Tree, w
       dims: nested dict of tuples of dim names.
       shapes: same structure; arrays, ShapeDtypeStructs or tuples of sizes.
       writes: writes to the residual stream; none: counted from the dims.
+      densities: same structure, fractions of the matrices that exist; none: all 1.
 
     Raises:
       ConfigError: when the parametrization names a path that no leaf has.
@@ -247,10 +265,10 @@ def initial_scales(parametrization: Parametrization, dims: Tree, shapes: Tree, w
     parametrization.check_paths(flatten(dims))
     count = max(residual_writes(dims, shapes), 1) if writes is None else writes
 
-    def scale(path: str, leaf_dims: Dims, leaf: Any) -> float:
-        return parametrization.init_scale(path, leaf_dims, _shape(leaf), count)
+    def scale(path: str, leaf_dims: Dims, leaf: Any, density: float = 1.0) -> float:
+        return parametrization.init_scale(path, leaf_dims, _shape(leaf), count, density)
 
-    return map_leaves(scale, dims, shapes)
+    return map_leaves(scale, dims, shapes, *([densities] if densities is not None else []))
 
 
 class HasUpdateKind(Protocol):
@@ -259,7 +277,13 @@ class HasUpdateKind(Protocol):
     def update_kind(self, dims: Dims) -> UpdateKind: ...
 
 
-def learning_rate_scales(parametrization: Parametrization, optimizer: HasUpdateKind, dims: Tree, shapes: Tree) -> Tree:
+def learning_rate_scales(
+    parametrization: Parametrization,
+    optimizer: HasUpdateKind,
+    dims: Tree,
+    shapes: Tree,
+    densities: Tree | None = None,
+) -> Tree:
     """Returns the tree of learning-rate multipliers that `optimizer.build(dims, scales)` takes.
 
     Raises:
@@ -267,8 +291,8 @@ def learning_rate_scales(parametrization: Parametrization, optimizer: HasUpdateK
     """
     parametrization.check_paths(flatten(dims))
 
-    def scale(path: str, leaf_dims: Dims, leaf: Any) -> float:
+    def scale(path: str, leaf_dims: Dims, leaf: Any, density: float = 1.0) -> float:
         kind = optimizer.update_kind(leaf_dims)
-        return parametrization.learning_rate_scale(path, leaf_dims, _shape(leaf), kind)
+        return parametrization.learning_rate_scale(path, leaf_dims, _shape(leaf), kind, density)
 
-    return map_leaves(scale, dims, shapes)
+    return map_leaves(scale, dims, shapes, *([densities] if densities is not None else []))

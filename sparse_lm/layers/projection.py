@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Iterator
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ from sparse_lm.layers.parameter import declare
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Projection(Config):
     """Base of the projection components."""
+
+    packed: ClassVar[bool] = False
+    """Whether it stores only blocks that exist: optimizers must then be elementwise."""
 
     def build(self, inputs: int, outputs: int, dims: tuple[str, str], *, experts: int = 0) -> "nnx.Module":
         """Builds the module.

@@ -14,19 +14,20 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from sparse_lm.layers.feed_forward import Aux, TokenInfo
-from sparse_lm.layers.parameter import RUN_KEY, map_leaves, materialize
-from sparse_lm.layers.parametrization import initial_scales
+from sparse_lm.layers.parameter import RUN_KEY, ModelState, StandsFor, map_leaves, materialize
+from sparse_lm.layers.parametrization import HasUpdateKind, initial_scales, learning_rate_scales
 from sparse_lm.memory.compression import TokenClasses, Tokens, compressed
 from sparse_lm.memory.hashing import Hash
 from sparse_lm.memory.memory import fetch, initial_tables, table_dims, update_tables
 from sparse_lm.model import loss
 from sparse_lm.model.cudnn_attention import documents_bucket
 from sparse_lm.model.transformer import MEMORY, Model, Transformer
-from sparse_lm.routing.router import ModelState
+from sparse_lm.weight_sparsity.gradient_probe import Probe
+from sparse_lm.weight_sparsity.packed_matrix import PackedMatrix, initial_topologies, packed_matrices
 
 Tree = dict[str, Any]
 Batch = dict[str, jax.Array]
-METADATA = {"inits": "init", "frozen": "frozen", "values": "initial"}
+METADATA = {"inits": "init", "frozen": "frozen", "values": "initial", "stands_for": "stands_for"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +39,14 @@ class Definition:
       graph: the NNX graph, split once.
       shapes: nested dict of parameter shapes; stacked runs carry the leading layers dimension.
       dims: nested dict of logical dims.
+      stands_for: nested dict of `StandsFor`: the matrix that each parameter stores.
       inits: nested dict of kinds of initial value.
       frozen: nested dict of whether training leaves a parameter as it is.
       state_shapes: nested dict of shapes of the model state.
       state_dims: nested dict of its logical dims.
-      state_values: nested dict of the value that fills each leaf of it at first.
+      state_values: nested dict of the value that fills each leaf of it at first; patterns of sparse matrices are drawn instead.
+      packed: {path: matrix} of the sparse matrices, whose values and pattern stand below that path.
+      probes: nested dict of what nobody asks of the gradients of sparse matrices; see `gradient_probe.Probe`.
       mesh: what its functions are spread over; None: one device.
       classes: what a memory's n-grams are made of; None: token ids.
     """
@@ -51,11 +55,14 @@ class Definition:
     graph: Any
     shapes: Tree
     dims: Tree
+    stands_for: Tree
     inits: Tree
     frozen: Tree
     state_shapes: Tree
     state_dims: Tree
     state_values: Tree
+    packed: dict[str, PackedMatrix]
+    probes: Tree
     mesh: AbstractMesh | None = None
     classes: TokenClasses | None = None
 
@@ -71,14 +78,29 @@ class Definition:
 
     def initial_params(self, key: jax.Array, shardings: Tree | None = None) -> Tree:
         """Draws the parameters, float32; [P] keys draw those of a population. See `parameter.materialize`."""
-        scales = initial_scales(self.config.parametrization, self.dims, self.shapes)
+        parametrization, (dims, shapes, densities) = self.config.parametrization, self._matrices()
+        scales = initial_scales(parametrization, dims, shapes, densities=densities)
         return materialize(key, self.shapes, self.inits, scales, shardings)
 
-    def initial_state(self) -> Tree:
-        """Returns the initial model state."""
-        return map_leaves(
+    def _matrices(self) -> tuple[Tree, Tree, Tree]:
+        """Returns the trees of dims, shapes and densities of the matrices that the parameters store."""
+        return tuple(map_leaves(lambda _, matrix, i=i: matrix[i], self.stands_for) for i in range(3))  # type: ignore[return-value]
+
+    def learning_rate_scales(self, optimizer: HasUpdateKind) -> Tree:
+        """Returns the tree of learning-rate multipliers that `optimizer.build(dims, scales)` takes."""
+        dims, shapes, densities = self._matrices()
+        return learning_rate_scales(self.config.parametrization, optimizer, dims, shapes, densities)
+
+    def initial_state(self, key: jax.Array | None = None) -> Tree:
+        """Returns the initial model state.
+
+        Args:
+          key: of random patterns of sparse matrices; None: that of seed 0.
+        """
+        state = map_leaves(
             lambda _, shape, value: jnp.full(shape, value, jnp.float32), self.state_shapes, self.state_values
         )
+        return initial_topologies(jax.random.key(0) if key is None else key, self.packed, state)
 
     def initial_tables(self, key: jax.Array) -> Tree:
         """Returns the memory's tables with their hashes and optimizer slots; {} without memory."""
@@ -116,7 +138,7 @@ class Definition:
         """Returns (final hidden states [B, L, D], head [D, V] float32, Aux, updated cache).
 
         Args:
-          params: parameters.
+          params: parameters; probes of sparse matrices may stand among them.
           model_state: model state; outside training also the tables (`TrainState.inference_state`).
           info: the tokens.
           cache: of decoding.
@@ -125,7 +147,7 @@ class Definition:
         state = {name: part for name, part in model_state.items() if name != "tables"}
         if rows is None:
             rows, _ = self.fetch(model_state.get("tables", {}), info, cache)
-        model = nnx.merge(self.graph, params, state)
+        model = nnx.merge(self.graph, _overlaid(self.probes, params), state)
         with self.on_mesh():
             h_BLD, aux, cache = model(info, cache, rows)
         return h_BLD, model.head_weight(), aux, cache
@@ -207,6 +229,15 @@ class Definition:
         return self.config.group_sequences()
 
 
+def _overlaid(below: Tree, above: Tree) -> Tree:
+    """Returns the union of two nested dicts; where both have a leaf, that of the second."""
+    out = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict):
+            out[key] = _overlaid(below[key], above[key])
+    return out
+
+
 def for_documents(definition: Definition, found: int) -> Definition:
     """Returns the same model built for batches with `found` documents in a row (see `documents_bucket`)."""
     attention = definition.config.attention
@@ -232,18 +263,21 @@ def token_info(batch: Batch, key: jax.Array | None = None, replay: Tree | None =
 def define(config: Model) -> Definition:
     """Builds the abstract model; no array is made."""
     model = nnx.eval_shape(lambda: Transformer(config))
-    graph, params, state = nnx.split(model, nnx.Param, ModelState)
+    graph, params, state, probes = nnx.split(model, nnx.Param, ModelState, Probe)
 
     def collect(tree: nnx.State, what: str) -> Tree:
         out: Tree = {}
         for path, variable in nnx.to_flat_state(tree):
             match = next((m for part in path if (m := RUN_KEY.match(str(part)))), None)
             size = int(match[2]) - int(match[1]) + 1 if match else 0
+            layers, layer = ((size,), ("layers",)) if size else ((), ())
             value = {
-                "shapes": ((size,) if size else ()) + tuple(variable.get_raw_value().shape),
-                "dims": (("layers",) if size else ()) + tuple(variable.get_metadata("dims")),
+                "shapes": layers + tuple(variable.get_raw_value().shape),
+                "dims": layer + tuple(variable.get_metadata("dims")),
                 **{name: variable.get_metadata(key) for name, key in METADATA.items() if variable.has_metadata(key)},
             }[what]
+            if what == "stands_for":
+                value = StandsFor(layer + value.dims, layers + value.shape, value.density)
             node = out
             for part in path[:-1]:
                 node = node.setdefault(str(part), {})
@@ -255,9 +289,12 @@ def define(config: Model) -> Definition:
         graph=graph,
         shapes=collect(params, "shapes"),
         dims=collect(params, "dims"),
+        stands_for=collect(params, "stands_for"),
         inits=collect(params, "inits"),
         frozen=collect(params, "frozen"),
         state_shapes=collect(state, "shapes"),
         state_dims=collect(state, "dims"),
         state_values=collect(state, "values"),
+        packed=packed_matrices(model),
+        probes=map_leaves(lambda _, shape: np.zeros(shape, np.float32), collect(probes, "shapes")),
     )

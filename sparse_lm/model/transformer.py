@@ -285,10 +285,10 @@ def advance(config: Model, model_state: dict[str, Any], statistics: dict[str, An
     blocks = dict(model_state["blocks"])
     for name, feed_forward in config.runs():
         if name in blocks:
-            state, found = dict(blocks[name]), statistics["blocks"][name]
+            state, found = dict(blocks[name]), statistics.get("blocks", {}).get(name, {})
             router = config.depth.router_of(first_block(name))
             if "feed_forward" in state:
-                state["feed_forward"] = feed_forward.advance(state["feed_forward"], found["feed_forward"])
+                state["feed_forward"] = feed_forward.advance(state["feed_forward"], found.get("feed_forward", {}))
             if "depth" in state and router is not None:
                 state["depth"] = router.advance(state["depth"], found["depth"])
             blocks[name] = state

@@ -24,13 +24,19 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "memory": None,
     "tap": None,
     "branch": None,
+    "blocks": ("tensor", "fsdp"),
+    "block_in": None,
+    "block_out": None,
+    "rank": None,
+    "list": None,
     "rows": ("data", "fsdp", "expert", "context"),
     "row": None,
     "address": None,
     "key": None,
     "bins": None,
 }
-"""Logical dim -> mesh axis, or several; None keeps the dim whole. Rows of tables are split as the tokens that read them."""
+"""Logical dim -> mesh axis, or several; None keeps the dim whole. Rows of tables are split as the tokens that read
+them. Blocks of a sparse matrix are in the order of its columns, so `tensor` splits columns and `fsdp` the blocks of a column range."""
 
 BATCH_AXES = ("data", "fsdp", "expert")
 """Mesh axes that split the sequences of a batch."""

@@ -68,7 +68,9 @@ class MoEFeedForward(FeedForward):
 
     def advance(self, state: dict[str, Any], statistics: dict[str, Any]) -> dict[str, Any]:
         """See FeedForward.advance."""
-        return {"router": self.router.advance(state["router"], statistics["router"])}
+        if "router" not in state:
+            return state
+        return {**state, "router": self.router.advance(state["router"], statistics["router"])}
 
     def shared(self) -> DenseFeedForward:
         """The shared expert as a dense feed-forward."""
@@ -126,7 +128,11 @@ class RoutedExperts(nnx.Module):
     def as_function(self, dtype: Any) -> Experts:
         """Returns the experts as a function of their weights, which are cast to the compute dtype."""
         graph, state = nnx.split(self)
-        weights = map_leaves(lambda _, leaf: leaf.astype(dtype), nnx.to_pure_dict(state))
+
+        def cast(_: str, leaf: jax.Array) -> jax.Array:
+            return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf  # patterns are integers
+
+        weights = map_leaves(cast, nnx.to_pure_dict(state))
         dims: dict[str, Any] = {}
         for path, variable in nnx.to_flat_state(state):
             node = dims

@@ -16,15 +16,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from sparse_lm.config import Config
-from sparse_lm.layers.parameter import declare
+from sparse_lm.layers.parameter import ModelState, declare
 from sparse_lm.routing import losses
 from sparse_lm.routing.logits import router_logits
 from sparse_lm.routing.measure import chosen_mask, measure
 from sparse_lm.routing.plan import RoutingPlan, compacted, plan_of_choices
-
-
-class ModelState(nnx.Variable):
-    """A value that training changes without a gradient, such as a router's bias."""
 
 
 class RouterInputs(NamedTuple):

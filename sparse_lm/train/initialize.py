@@ -16,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_lm.config import Config
-from sparse_lm.layers.parameter import map_leaves
+from sparse_lm.layers.parameter import RUN_KEY, map_leaves
+from sparse_lm.model.definition import Definition
 from sparse_lm.train.checkpoint import CheckpointError, mismatches
 from sparse_lm.train.state import TrainState, is_empty, rolled, unrolled
+from sparse_lm.weight_sparsity.packing import convert, patterns_of
+from sparse_lm.weight_sparsity.packing import unrolled as unrolled_matrices
 
 Tree = dict[str, Any]
 Transform = Callable[[Tree], Tree]
@@ -43,6 +46,9 @@ class StartFrom(Config):
     """Globs over parameter paths that keep fresh values, such as `head`."""
     rename: tuple[str, ...] = ()
     """Regular expressions old=new applied to the source's parameter paths, in order."""
+    convert: bool = False
+    """Store matrices as this run's model does: dense or masked ones become blocks by magnitude, blocks of another pattern others, and
+    blocks dense ones."""
     upcycle: bool = False
     """Copy the dense feed-forward of each block to every expert where this run has experts (Komatsuzaki et al. 2022, arXiv 2212.05055)."""
     upcycle_noise: float = 0.0
@@ -66,6 +72,7 @@ class StartFrom(Config):
                 self.require(False, "rename", f"valid regular expressions ({error})")
         self.require(self.upcycle_noise >= 0, "upcycle_noise", "0 or above")
         self.require(self.upcycle or not self.upcycle_noise, "upcycle_noise", "0 unless upcycle is on")
+        self.require(not (self.convert and self.keep == "everything"), "keep", "parameters, when convert is on")
         self.require(not (self.upcycle and self.keep == "everything"), "keep", "parameters, when upcycle is on")
         partial = self.include != ("*",) or self.exclude
         self.require(
@@ -146,25 +153,61 @@ def upcycle(experts: Mapping[int, int], noise: float, seed: int) -> Transform:
 
 
 def parameters_only(tree: Tree) -> Tree:
-    """The transform that drops all but the parameters and the rows of tables: a fresh optimizer, step 0."""
+    """The transform that drops all but the parameters, patterns of sparse ones and the rows of tables: a fresh optimizer, step 0."""
     tables = tree.get("tables", {})
     rows = {"tables": {name: part for name, part in tables.items() if name != "slots"}} if tables else {}
-    return {"params": tree["params"], **rows}
+    patterns = patterns_of(tree)
+    return {"params": tree["params"], **({"model_state": patterns} if patterns else {}), **rows}
 
 
-def transforms_of(config: StartFrom, experts: Mapping[int, int] | None = None, seed: int = 0) -> list[Transform]:
+def converted(definition: Definition) -> Transform:
+    """Returns the transform that stores matrices as a model does; see `packing.convert`."""
+    packed = unrolled_matrices(definition.packed)
+    ranks: dict[str, int] = {}
+    sides: dict[str, tuple[int, int]] = {}
+    for path, shape in flatten(unstacked_shapes(definition.shapes)).items():
+        owner, _, name = path.rpartition(".")
+        if name == "into" and owner in packed:
+            ranks[owner] = shape[-1]
+        if name == "weight" and len(shape) >= 2:
+            sides[owner] = (shape[-2], shape[-1])
+    return lambda tree: convert(tree, packed, ranks, sides)
+
+
+def unstacked_shapes(shapes: Tree) -> Tree:
+    """Returns a tree of shapes with unrolled names."""
+    out: Tree = {}
+    for key, value in shapes.items():
+        if match := RUN_KEY.match(key):
+            inner = map_leaves(lambda _, shape: shape[1:], value)
+            out.update({str(n): inner for n in range(int(match[1]), int(match[2]) + 1)})
+        else:
+            out[key] = unstacked_shapes(value) if isinstance(value, dict) else value
+    return out
+
+
+def transforms_of(
+    config: StartFrom,
+    experts: Mapping[int, int] | None = None,
+    seed: int = 0,
+    definition: Definition | None = None,
+) -> list[Transform]:
     """Returns the transforms that a config asks for, in order.
 
     Args:
       config: the config.
       experts: experts of each routed block of the run, for upcycling.
       seed: of the run.
+      definition: the run's model, to convert to its storage.
     """
     transforms = [rename(*entry.split("=")) for entry in config.rename]
     if config.include != ("*",) or config.exclude:
         transforms.append(select(config.include, config.exclude))
     if config.upcycle:
         transforms.append(upcycle(experts or {}, config.upcycle_noise, seed))
+    if config.convert:
+        assert definition is not None
+        transforms.append(converted(definition))
     if config.keep == "parameters":
         transforms.append(parameters_only)
     return transforms
@@ -191,6 +234,8 @@ def initialize(fresh: TrainState, source: Tree, transforms: Sequence[Transform],
     # A whole state must fill every part of the fresh one; an average that was not kept starts from the parameters.
     whole = "step" in loaded
     wanted = {name: part for name, part in target.items() if name in loaded or (whole and name != "ema")}
+    if not whole and "model_state" in loaded:
+        wanted["model_state"] = patterns_of(target)
     if "slots" not in loaded.get("tables", {"slots": {}}):
         wanted["tables"] = {name: part for name, part in target.get("tables", {}).items() if name != "slots"}
     problems = mismatches(wanted, loaded)

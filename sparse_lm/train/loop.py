@@ -264,7 +264,11 @@ def write_description(session: Session, dataset: Dataset, run_dir: pathlib.Path)
         "accounting.json": [row._asdict() for row in lines.rows],
     }
     if sparse := session.sparsifier.description():
-        documents["sparsity.json"] = with_operations(sparse, session.recipe.model, lines.forward_flops)
+        dense = lines.forward_flops
+        if session.sparsifier.accounted:
+            absent_weights = {r["path"]: r["matrices"] * math.prod(r["shape"]) - r["kept"] for r in sparse["matrices"]}
+            dense += absent_operations(session.recipe.model, absent_weights)
+        documents["sparsity.json"] = with_operations(sparse, session.recipe.model, dense)
     for name, document in documents.items():
         storage.write_atomically(run_dir / name, (json.dumps(document, indent=1, default=str) + "\n").encode())
 
@@ -337,7 +341,7 @@ class Run:
                 with meter.waiting():
                     ahead.append(prefetch.next())
                 batch, _, data_state = ahead.popleft()
-                state, metrics = programs(self.documents.popleft())(state, batch)
+                state, metrics = programs(self.documents.popleft(), session.sparsifier.apart(step))(state, batch)
                 self.cluster.progress(f"step {step + 1}")
                 self._report(meter)
                 done = step + 1
@@ -416,18 +420,20 @@ class Run:
             ]
         )
 
-    def _programs(self) -> tuple[Callable[[int], Any], float]:
-        """Returns (the compiled step for a batch's most documents in a row, seconds of the first compile)."""
+    def _programs(self) -> tuple[Callable[[int, bool], Any], float]:
+        """Returns (the compiled step by a batch's most documents in a row and `Sparsifier.apart`, seconds of the first compile)."""
         first = self.recipe.model.attention.max_documents
         compiled, seconds = self.session.compile_step(first)
-        programs = {first: compiled}
+        programs = {(first, False): compiled}
 
-        def program(documents: int) -> Any:
+        def program(documents: int, changes: bool) -> Any:
             most = documents_bucket(first, documents)
-            if most not in programs:
-                programs[most], seconds = self.session.compile_step(most)
-                self.progress.event(f"compiled a step for up to {most} documents in a row in {seconds:.1f} s")
-            return programs[most]
+            if (most, changes) not in programs:
+                arguments = {"changes": True} if changes else {}
+                programs[most, changes], seconds = self.session.compile_step(most, **arguments)
+                what = " that changes the topology" if changes else ""
+                self.progress.event(f"compiled a step{what} for up to {most} documents in a row in {seconds:.1f} s")
+            return programs[most, changes]
 
         return program, seconds
 
@@ -486,11 +492,12 @@ class Run:
         if not found:
             return {}
         members, model = self.recipe.population.active, self.recipe.model
-        dense = account(model, self.recipe.data.sequence_length, measured=measured).train_flops
+        all_there = account(model, self.recipe.data.sequence_length, measured=measured).train_flops
+        factor = 0.0 if self.session.sparsifier.accounted else 3.0
         row = sparsity_row(found, members)
         for name, mean in (("flops_per_token", False), ("mean_flops_per_token", True)):
-            saved = 3.0 * absent_operations(model, absent(found, members, mean=mean), measured)
-            row[f"sparsity/{name}"] = np.asarray(dense - saved).tolist()
+            saved = factor * absent_operations(model, absent(found, members, mean=mean), measured)
+            row[f"sparsity/{name}"] = np.asarray(all_there - saved).tolist()
         return row
 
     def _skipped(self, done: int, pulse: dict[str, np.ndarray], metrics: dict[str, Any]) -> None:

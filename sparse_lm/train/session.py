@@ -16,7 +16,6 @@ from jax.sharding import AbstractMesh, Mesh
 
 from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import map_leaves
-from sparse_lm.layers.parametrization import learning_rate_scales
 from sparse_lm.memory.compression import Tokens
 from sparse_lm.memory.table import hash_differences
 from sparse_lm.model.definition import Definition, define, for_documents, with_classes
@@ -29,6 +28,7 @@ from sparse_lm.train.population import MEMBERS, member_arrays, over_members
 from sparse_lm.train.state import MASKS, TrainState, dims_of, fresh_state, initial_state, member_keys
 from sparse_lm.train.step import build_step
 from sparse_lm.train.validation import MODEL_ARRAYS
+from sparse_lm.weight_sparsity.block_sparse import check_mesh
 from sparse_lm.weight_sparsity.door import Sparsifier
 
 
@@ -84,11 +84,16 @@ class Session:
 
         return {name: place(batch[name]) for name in MODEL_ARRAYS}
 
-    def trace_step(self, documents: int = 1) -> Any:
-        """Traces the step for batches with up to `documents` documents in a row; returns JAX's traced program."""
+    def trace_step(self, documents: int = 1, changes: bool = False) -> Any:
+        """Traces the step for batches with up to `documents` documents in a row; returns JAX's traced program.
+
+        Args:
+          documents: most documents in a row.
+          changes: whether it is the program for the steps that `Sparsifier.apart` names.
+        """
         recipe, definition = self.recipe, for_documents(self.definition, documents)
         members = MEMBERS if recipe.population.active else None
-        step = build_step(definition, recipe.optimizer, recipe.train, self.sparsifier, members)
+        step = build_step(definition, recipe.optimizer, recipe.train, self.sparsifier, members, changes)
         step = over_members(step, recipe.population, (0, None, 0))
         shape = (recipe.data.batch_size, recipe.data.sequence_length)
         batch = {
@@ -108,14 +113,14 @@ class Session:
         jitted = jax.jit(placed, donate_argnums=0, out_shardings=(self.shardings, rules.replicated(self.mesh)))
         return jitted.trace(state, batch)
 
-    def compile_step(self, documents: int = 1) -> tuple[Any, float]:
-        """Compiles the step ahead of time for batches with up to `documents` documents in a row.
+    def compile_step(self, documents: int = 1, changes: bool = False) -> tuple[Any, float]:
+        """Compiles the step ahead of time; arguments as for `trace_step`.
 
         Returns:
           (step(state, batch) -> (state, metrics), seconds).
         """
         start = time.perf_counter()
-        compiled = self.trace_step(documents).lower().compile()
+        compiled = self.trace_step(documents, changes).lower().compile()
         return compiled, time.perf_counter() - start
 
 
@@ -158,9 +163,10 @@ def open_session(
         attention = dataclasses.replace(attention, backend="plain")
     definition = define(dataclasses.replace(recipe.model, attention=attention))
     definition = dataclasses.replace(with_classes(definition, encoder), mesh=mesh.abstract_mesh)
+    check_mesh(definition.packed, mesh)
     optimizer, population = recipe.optimizer, recipe.population
     try:
-        scales = learning_rate_scales(recipe.model.parametrization, optimizer, definition.dims, definition.shapes)
+        scales = definition.learning_rate_scales(optimizer)
     except ConfigError as error:
         raise error.within("model.parametrization") from None
     try:
@@ -168,7 +174,8 @@ def open_session(
     except ConfigError as error:
         raise error.within("optimizer") from None
     try:
-        sparsifier = recipe.weight_sparsity.build(definition, optimizer, recipe.train.steps)
+        train = recipe.train
+        sparsifier = recipe.weight_sparsity.build(definition, optimizer, train.steps, train.microbatches)
     except ConfigError as error:
         raise error.within("weight_sparsity") from None
     with_ema = recipe.train.ema_decay is not None
@@ -241,7 +248,7 @@ def starting_point(session: Session) -> tuple[TrainState, dict[str, Any] | None]
         for layer in range(model.layers)
         if isinstance(forward := model.feed_forward_of(layer), MoEFeedForward)
     }
-    transforms, partial = transforms_of(start, experts, session.recipe.seed), is_partial(start)
+    transforms, partial = transforms_of(start, experts, session.recipe.seed, session.definition), is_partial(start)
 
     def loaded(fresh: TrainState, tree: dict[str, Any]) -> TrainState:
         """The fresh state of the run, or of all its members, with what the source has."""

@@ -15,8 +15,8 @@ from sparse_lm.weight_sparsity.door import Sparsifier
 
 Tree = dict[str, Any]
 
-TABLES, MASKS = 0x7AB1E5, 0x3A5C5
-"""What the keys of the initial rows and masks are folded with: larger than any step, whose keys come from the same key."""
+TABLES, MASKS, STATE = 0x7AB1E5, 0x3A5C5, 0x7057A7E
+"""What the keys of the initial rows, masks and model state are folded with: the keys of steps come from the same key."""
 
 
 @jax.tree_util.register_dataclass
@@ -72,8 +72,9 @@ def fresh_state(
     sparsifier: Sparsifier | None = None,
 ) -> TrainState:
     """Returns the state of step 0 around initial parameters. Pure."""
-    masks_key = jax.random.fold_in(run_key, MASKS)
-    params, model_state, sparsity = (sparsifier or Sparsifier()).init(params, definition.initial_state(), masks_key)
+    masks_key, state_key = (jax.random.fold_in(run_key, name) for name in (MASKS, STATE))
+    model_state = definition.initial_state(state_key)
+    params, model_state, sparsity = (sparsifier or Sparsifier()).init(params, model_state, masks_key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

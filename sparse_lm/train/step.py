@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from sparse_lm.config import Config
 from sparse_lm.layers.parameter import map_leaves
-from sparse_lm.layers.parametrization import learning_rate_scales
 from sparse_lm.model.definition import Batch, Definition, token_info
 from sparse_lm.model.transformer import advance
 from sparse_lm.train.optimizer import Optimizer, ema_update, global_norm_by_group
@@ -120,6 +119,7 @@ def build_step(
     train: Train,
     sparsifier: Sparsifier | None = None,
     members: str | None = None,
+    changes: bool = True,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """Builds the pure step.
 
@@ -129,14 +129,14 @@ def build_step(
       train: length and numerics.
       sparsifier: what makes weights sparse; None: nothing does.
       members: name of the axis over which the step will be vmapped, or None.
+      changes: False builds the program for the steps that `Sparsifier.apart` does not name.
 
     Returns:
       step(state, batch, multiplier) -> (state, metrics). `multiplier` scales the learning rate (1 outside populations).
       metrics: {"pulse": float32 array in the order of PULSE, "group_norms": {group: norm}, "blocks", "memory": (sum, count) pairs,
       "sparsity": see `Sparsifier.numbers`}.
     """
-    scales = learning_rate_scales(definition.config.parametrization, optimizer, definition.dims, definition.shapes)
-    transformation = optimizer.build(definition.dims, scales)
+    transformation = optimizer.build(definition.dims, definition.learning_rate_scales(optimizer))
     sparse = sparsifier or Sparsifier()
 
     def step(state: TrainState, batch: Batch, multiplier: jax.Array) -> tuple[TrainState, dict[str, Any]]:
@@ -181,10 +181,12 @@ def build_step(
                 model_state=keep(advance(definition.config, state.model_state, aux["statistics"]), state.model_state),
                 sparsity=state.sparsity,
                 grads=dense_grads,
+                ema=state.ema,
+                changes=changes,
                 gradient=lambda weights: at(weights)[1],
             )
         )
-        ema = state.ema
+        ema = change.ema
         if train.ema_decay is not None:
             ema = keep(ema_update(ema, change.params, train.ema_decay, state.step), ema)
             ema = sparse.only_existing(ema, change.sparsity)

@@ -39,6 +39,8 @@ class Moment(NamedTuple):
       sparsity: the sparsifier's state before the step.
       grads: gradient by the effective weights, of the whole batch, neither masked nor clipped.
       gradient: effective weights -> gradient of this step's batch at them, for criteria that need a pass of their own.
+      ema: moving average of the parameters before the step, or {}.
+      changes: static; False in the program for steps that change nothing, see `Sparsifier.apart`.
     """
 
     step: jax.Array
@@ -51,6 +53,8 @@ class Moment(NamedTuple):
     sparsity: Tree
     grads: Tree
     gradient: Callable[[Tree], Tree]
+    ema: Tree = {}
+    changes: bool = True
 
 
 class Change(NamedTuple):
@@ -60,11 +64,14 @@ class Change(NamedTuple):
     opt_state: Tree
     model_state: Tree
     sparsity: Tree
+    ema: Tree
 
 
 class Sparsifier:
     """Base of the sparsifiers; itself dense training, which changes nothing."""
 
+    accounted: bool = False
+    """Whether the model's account already leaves out the weights that do not exist."""
     forward_reads: tuple[str, ...] = ()
     """Parts of the state that `forward_params` reads; none: the parameters are what the model computes with."""
 
@@ -92,9 +99,17 @@ class Sparsifier:
         """Says whether this step changes masks instead of taking the optimizer's step."""
         return False
 
+    def apart(self, step: int) -> bool:
+        """Says, on the host, whether this step runs in a program of its own.
+
+        A condition inside one program makes the host wait for the device in every step; a sparsifier that changes things in some steps
+        only, at a high price, may keep that out of the program of the others.
+        """
+        return False
+
     def update(self, moment: Moment) -> Change:
         """Returns parameters, optimizer state, model state and sparsity state after the step."""
-        return Change(moment.params, moment.opt_state, moment.model_state, moment.sparsity)
+        return Change(moment.params, moment.opt_state, moment.model_state, moment.sparsity, moment.ema)
 
     def only_existing(self, tree: Tree, sparsity: Tree) -> Tree:
         """Returns a tree like the parameters (an average, earlier values) without the weights that they do not have."""
@@ -124,13 +139,14 @@ class WeightSparsity(Config):
                 "start_from.rewind", start.rewind, "None, unless weight_sparsity is masked with the algorithm lottery"
             )
 
-    def build(self, definition: "Definition", optimizer: "Optimizer", steps: int) -> Sparsifier:
+    def build(self, definition: "Definition", optimizer: "Optimizer", steps: int, microbatches: int) -> Sparsifier:
         """Builds the sparsifier of a model.
 
         Args:
           definition: the abstract model.
           optimizer: the run's optimizer.
           steps: of the whole run.
+          microbatches: pieces of a batch; norms of gradients do not add over them.
 
         Raises:
           ConfigError: for a combination that cannot work.
@@ -142,7 +158,7 @@ class WeightSparsity(Config):
 class NoSparsity(WeightSparsity):
     """All weights are there all the time."""
 
-    def build(self, definition: "Definition", optimizer: "Optimizer", steps: int) -> Sparsifier:
+    def build(self, definition: "Definition", optimizer: "Optimizer", steps: int, microbatches: int) -> Sparsifier:
         """See WeightSparsity.build."""
         return Sparsifier()
 

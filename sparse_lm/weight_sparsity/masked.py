@@ -58,7 +58,9 @@ class Masked(WeightSparsity):
         elif start.rewind is None:
             raise ConfigError("start_from.rewind", None, "a step of start_from.run, or -1, with the algorithm lottery")
 
-    def build(self, definition: "Definition", optimizer: "Optimizer", steps: int) -> MaskedSparsifier:
+    def build(
+        self, definition: "Definition", optimizer: "Optimizer", steps: int, microbatches: int
+    ) -> MaskedSparsifier:
         """See WeightSparsity.build."""
         if self.algorithm.grows and not optimizer.elementwise:
             allowed = "an elementwise one such as adamw: moments of new weights must be reset, which a matrix's shared moments forbid"

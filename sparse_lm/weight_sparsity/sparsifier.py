@@ -300,7 +300,7 @@ class MaskedSparsifier(Sparsifier):
             for path in self.leaves
         }
         params_tree = map_leaves(lambda path, leaf: weights.get(path, leaf), moment.params)
-        return Change(params_tree, self._moments(moment.opt_state, old, new), moment.model_state, sparsity)
+        return Change(params_tree, self._moments(moment.opt_state, old, new), moment.model_state, sparsity, moment.ema)
 
     def _mean(self, state: Tree, step: jax.Array) -> Tree:
         """Returns the mean density with this step, which was computed with the masks before it."""

@@ -1,0 +1,220 @@
+"""Multiplying by packed matrices: on one device, over a mesh, and for rows that are sorted by expert.
+
+On a mesh the blocks of a matrix are stored over `tensor` and `fsdp` in the order of its columns. Every device gathers the blocks
+that it multiplies, in the compute dtype, and the backward pass gathers them again. A matrix whose outputs are split over `tensor`
+(query, gate, ...) computes its own columns; one whose inputs are split (out, down) its own range of rows, of which every column
+has equally many blocks, and the partial outputs are summed.
+
+Legend: B batch, L length, K/N inputs and outputs, J blocks, R/C block rows and columns, T shards of `tensor`, A rows sorted by
+expert, E experts, M rows of an expert computed at once.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.block_sparse_matmul import BlockTopology, block_sparse_matmul, topology_from_indices
+from sparse_lm.config import ConfigError
+from sparse_lm.parallel.collectives import sum_of_copies
+from sparse_lm.parallel.mesh import current
+from sparse_lm.parallel.rules import axes_of, spec_of, split_tokens
+from sparse_lm.weight_sparsity.packed_matrix import BlockPattern, PackedMatrix
+
+GATHERED = "gathered_blocks"
+"""Checkpoint name of gathered blocks: the backward pass gathers them again."""
+HEADROOM = 1.25
+"""Rows of an expert computed at once, in multiples of the mean: at loads more even than this one round serves all experts."""
+
+
+def product(
+    x: jax.Array,
+    values_Jbb: jax.Array,
+    topology: BlockTopology,
+    pattern: BlockPattern,
+    dims: tuple[str, str],
+    permutation_K: jax.Array | None = None,
+) -> jax.Array:
+    """Multiplies rows by a packed matrix, on the current mesh if there is one.
+
+    Args:
+      x: [..., K]; on a mesh [B, L, K].
+      values_Jbb: the blocks, in x's dtype.
+      topology: their places.
+      pattern: of the matrix.
+      dims: logical dims of the two sides.
+      permutation_K: order in which inputs meet the rows of the matrix; None: their own.
+    """
+    mesh = current()
+    if mesh is None:
+        return block_sparse_matmul(x, values_Jbb, topology, input_permutation=permutation_K)
+    tokens = split_tokens(x.shape[0], x.shape[1], mesh)
+    side = tensor_side(pattern, dims, mesh)
+    shards = mesh.shape["tensor"]
+    stored = spec_of(("blocks", "block_in", "block_out"), values_Jbb.shape, mesh)
+    axes = () if stored[0] is None else (stored[0],) if isinstance(stored[0], str) else tuple(stored[0])
+    # In the order of columns, a shard of `tensor` holds those that it computes: only `fsdp` needs gathering.
+    own_columns = side == "out" and "tensor" in axes
+    gather = tuple(axis for axis in axes if not (own_columns and axis == "tensor"))
+
+    def device(x: jax.Array, values: jax.Array, topology: BlockTopology, permutation_K: jax.Array | None) -> jax.Array:
+        if gather:
+            values = checkpoint_name(jax.lax.all_gather(values, gather, axis=0, tiled=True), GATHERED)
+        if side is not None:
+            index = jax.lax.axis_index("tensor")
+            topology, kept = _part(topology, pattern, side, shards, index)
+            values = values if own_columns else kept(values)
+        y = block_sparse_matmul(x, values, topology, input_permutation=permutation_K)
+        return sum_of_copies(y, "tensor") if side == "in" else y
+
+    if gather:
+        policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        device = jax.checkpoint(device, policy=policy)
+    run = jax.shard_map(
+        device,
+        mesh=mesh,
+        in_specs=(tokens.spec("tensor" if side == "in" else None), stored, P(), P()),
+        out_specs=tokens.spec("tensor" if side == "out" else None),
+        check_vma=False,
+    )
+    return run(x, values_Jbb, topology, permutation_K)
+
+
+def tensor_side(pattern: BlockPattern, dims: tuple[str, str], mesh: AbstractMesh | Mesh) -> str | None:
+    """Returns which side of a matrix `tensor` splits: "in", "out", or None where it splits neither."""
+    shards = mesh.shape["tensor"]
+    if shards == 1:
+        return None
+    if "tensor" in axes_of(dims[1]):
+        return "out" if pattern.columns % shards == 0 else None
+    return "in" if "tensor" in axes_of(dims[0]) else None
+
+
+def check_mesh(packed: dict[str, PackedMatrix], mesh: AbstractMesh | Mesh) -> None:
+    """Raises ConfigError where `tensor` cannot split the packed matrices of a model as it splits its activations."""
+    shards = mesh.shape["tensor"]
+    for path, matrix in packed.items():
+        side, pattern = tensor_side(matrix.pattern, matrix.dims, mesh), matrix.pattern
+        if shards > 1 and matrix.experts:
+            raise ConfigError("mesh.tensor", shards, f"1 with packed experts ({path}); split them over mesh.expert")
+        if side is not None and not pattern.constant_fan_in:
+            raise ConfigError("projection.fan_in", "free", f"constant where mesh.tensor ({shards}) splits {path}")
+        if side == "in" and pattern.row_shards % shards:
+            allowed = f"a multiple of mesh.tensor ({shards}), which splits the rows of {path}"
+            raise ConfigError("projection.row_shards", pattern.row_shards, allowed)
+        if side == "in" and matrix.permuted:
+            raise ConfigError(
+                "projection.permutation", "random", f"none where mesh.tensor ({shards}) splits the inputs of {path}"
+            )
+
+
+def _part(topology: BlockTopology, pattern: BlockPattern, side: str, shards: int, index: jax.Array):
+    """Returns (topology of one shard's part of a matrix, the function that takes its blocks from all).
+
+    Its lists are derived where they are used: a checkpoint then holds one pattern for every mesh.
+    """
+    fan_in, columns = pattern.fan_in, pattern.columns
+    if side == "out":
+        own_columns, own_fan_in, own_rows = columns // shards, fan_in, pattern.rows
+
+        def kept(a: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(a, index * (own_columns * fan_in), own_columns * fan_in, 0)
+
+        first_row = 0
+    else:
+        own_columns, own_fan_in, own_rows = columns, fan_in // shards, pattern.rows // shards
+
+        def kept(a: jax.Array) -> jax.Array:
+            split = a.reshape(columns, shards, own_fan_in, *a.shape[1:])
+            part = jax.lax.dynamic_index_in_dim(split, index, 1, keepdims=False)
+            return part.reshape(columns * own_fan_in, *a.shape[1:])
+
+        first_row = index * own_rows
+    own, _ = topology_from_indices(
+        kept(topology.row_index) - first_row,
+        jnp.repeat(jnp.arange(own_columns, dtype=jnp.int32), own_fan_in),
+        features_in=own_rows * pattern.block,
+        features_out=own_columns * pattern.block,
+        block_in=pattern.block,
+        block_out=pattern.block,
+    )
+    return own, kept
+
+
+def rows_at_once(rows: int, experts: int) -> int:
+    """Returns M for A rows of E experts."""
+    return min(rows, 8 * math.ceil(HEADROOM * rows / experts / 8))
+
+
+@jax.custom_vjp
+def grouped_product(x_AK: jax.Array, values_EJbb: jax.Array, topology: BlockTopology, sizes_E: jax.Array) -> jax.Array:
+    """Multiplies the rows of each expert by its packed matrix; rows past the sum of sizes give zeros.
+
+    The kernels want equally many rows of every expert. So M rows of each are taken at a time, and as many rounds are made as the
+    fullest expert needs: no row is dropped whatever the loads, and even loads need one round.
+
+    Args:
+      x_AK: rows sorted by expert.
+      values_EJbb: blocks of each expert, in x's dtype.
+      topology: the pattern of each expert.
+      sizes_E: int32 rows of each expert.
+    """
+    rounds, take, give = _rounds(x_AK.shape[0], sizes_E)
+
+    def one(index: jax.Array, y_AN: jax.Array) -> jax.Array:
+        return give(index, block_sparse_matmul(take(index, x_AK), values_EJbb, topology), y_AN)
+
+    return jax.lax.fori_loop(0, rounds, one, jnp.zeros((x_AK.shape[0], topology.features_out), x_AK.dtype))
+
+
+def _rounds(rows: int, sizes_E: jax.Array):
+    """Returns (number of rounds, take(round, [A, .]) -> [E, M, .], give(round, [E, M, .], [A, .]) -> [A, .] with the round's rows)."""
+    experts = sizes_E.shape[0]
+    size = rows_at_once(rows, experts)
+    end_E = jnp.cumsum(sizes_E)
+    start_E = end_E - sizes_E
+    row_A = jnp.arange(rows, dtype=jnp.int32)
+    expert_A = jnp.searchsorted(end_E, row_A, side="right").astype(jnp.int32)
+    live_A = expert_A < experts
+    expert_A = jnp.minimum(expert_A, experts - 1)
+    place_A = row_A - start_E[expert_A]
+
+    def take(index: jax.Array, rows_AX: jax.Array) -> jax.Array:
+        place_M = index * size + jnp.arange(size, dtype=jnp.int32)
+        live_EM = place_M < sizes_E[:, None]
+        row_EM = jnp.where(live_EM, start_E[:, None] + place_M, 0)
+        return jnp.where(live_EM[..., None], rows_AX[row_EM], 0)
+
+    def give(index: jax.Array, found_EMX: jax.Array, rows_AX: jax.Array) -> jax.Array:
+        own_A = live_A & (place_A // size == index)
+        flat = found_EMX.reshape(-1, found_EMX.shape[-1])
+        return jnp.where(own_A[:, None], flat[jnp.where(own_A, expert_A * size + place_A % size, 0)], rows_AX)
+
+    return -(-jnp.max(sizes_E) // size), take, give
+
+
+def _grouped_forward(x_AK, values_EJbb, topology, sizes_E):
+    return grouped_product(x_AK, values_EJbb, topology, sizes_E), (x_AK, values_EJbb, topology, sizes_E)
+
+
+def _grouped_backward(residuals, dy_AN):
+    x_AK, values_EJbb, topology, sizes_E = residuals
+    rounds, take, give = _rounds(x_AK.shape[0], sizes_E)
+    multiply = functools.partial(block_sparse_matmul, topology=topology)
+
+    def one(index, sums):
+        dx_AK, dvalues = sums
+        _, pull = jax.vjp(multiply, take(index, x_AK), values_EJbb)
+        dx_EMK, found = pull(take(index, dy_AN))
+        return give(index, dx_EMK, dx_AK), dvalues + found.astype(jnp.float32)
+
+    start = jnp.zeros_like(x_AK), jnp.zeros(values_EJbb.shape, jnp.float32)
+    dx_AK, dvalues = jax.lax.fori_loop(0, rounds, one, start)
+    return dx_AK, dvalues.astype(values_EJbb.dtype), None, None
+
+
+grouped_product.defvjp(_grouped_forward, _grouped_backward)
