@@ -74,6 +74,7 @@ def test_a_run_that_loses_a_process_and_is_stopped_ends_like_one_process(
     )
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_goes_on_in_two_and_back(whole: pathlib.Path, folder: pathlib.Path) -> None:
     run_dir = folder / "one_two_one"
     shutil.copytree(whole, run_dir)
@@ -111,6 +112,7 @@ def test_a_process_that_hangs_while_it_breathes_is_named(folder: pathlib.Path) -
         assert re.search(r"process 1 \(\S+, pid \d+\) hangs: 'waiting for the batch of step 4' for 3\d s", log), log
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_all_with_its_words(folder: pathlib.Path) -> None:
     run_dir = folder / "error"
     codes = run_all(*pair(folder, run_dir, (), ("at_step", 3, "raise_error")))

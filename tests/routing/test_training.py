@@ -36,7 +36,7 @@ ROUTERS: dict[str, dict] = {
     "expert_choice": {},
     "sinkhorn": {},
 }
-FAST = ("expert_threshold",)
+DIAGNOSED = ("expert_threshold",)
 
 
 def router_of(name: str) -> Router:
@@ -55,7 +55,8 @@ def script(name: str, *arguments: str) -> int:
     return int(exited.value.code or 0)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in ROUTERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROUTERS)
 def test_a_router_trains_stops_and_goes_on_to_the_same_bits(name: str, tmp_path, monkeypatch) -> None:
     tiny.corpus(tmp_path / "text")
     extra = ZeroComputation(identity=1) if name == "top_k" else ZeroComputation()
@@ -101,7 +102,7 @@ def test_a_router_trains_stops_and_goes_on_to_the_same_bits(name: str, tmp_path,
     assert last["loss"] < rows[0]["loss"]
     assert "<h2" in (straight / "report.html").read_text()
 
-    if name in FAST:
+    if name in DIAGNOSED:
         other = tmp_path / "other.txt"
         other.write_text("1 2 3 4 5 6 7 8 9 " * 20)
         assert (

@@ -238,6 +238,7 @@ def test_divergence_names_step_groups_and_the_last_good_checkpoint(
     assert np.isfinite(tiny.flatten(final(run_dir, 4)["params"])["final_norm.scale"]).all()
 
 
+@pytest.mark.slow
 def test_a_population_goes_on_to_the_same_bits(folder: pathlib.Path) -> None:
     small = recipe(
         folder,

@@ -183,12 +183,14 @@ def three_steps(execution: str) -> TrainState:
     return state
 
 
+@pytest.mark.slow
 def test_stacked_layers_choose_as_unrolled_ones() -> None:
     stacked, loose = (unrolled(three_steps(execution)) for execution in ("scanned", "unrolled"))
     tiny.assert_same(stacked["sparsity"]["masks"], loose["sparsity"]["masks"])
     assert stacked["sparsity"]["counts"]["grown"]["blocks"]["0"]["feed_forward"]["up"]["weight"] > 0
 
 
+@pytest.mark.slow
 def test_members_of_a_population_choose_by_themselves() -> None:
     population = Population(seeds=(0, 5))
     step, create = build("scanned", True)
