@@ -166,7 +166,7 @@ EXCHANGED = Masked(density=0.3, algorithm=RigL(), schedule=Periodic(every=2, end
 def build(execution: str, members: bool = False) -> tuple[Any, Any]:
     """(step, create) of the tiny model with RigL."""
     definition, _, _ = tiny.materialized(dataclasses.replace(MODEL, execution=execution))
-    sparse = EXCHANGED.build(definition, OPTIMIZER, 6)
+    sparse = EXCHANGED.build(definition, OPTIMIZER, 6, 1)
     step = build_step(definition, OPTIMIZER, Train(steps=6), sparse, MEMBERS if members else None)
 
     def create(seed: Any) -> TrainState:
@@ -211,7 +211,7 @@ def test_the_state_knows_its_dims() -> None:
     definition, _, _ = tiny.materialized(MODEL)
     for algorithm in ("rigl", "movement", "top_k_ast"):
         config = dataclasses.replace(EXCHANGED, algorithm=lookup("sparse_algorithm", algorithm)())
-        sparse = config.build(definition, OPTIMIZER, 6)
+        sparse = config.build(definition, OPTIMIZER, 6, 1)
 
         def create(sparse=sparse):
             return initial_state(definition, OPTIMIZER.build(definition.dims), 0, with_ema=False, sparsifier=sparse)
