@@ -416,6 +416,7 @@ class Run:
                 f"{recipe.name}: {lines.parameters / 1e6:.2f} M parameters, {lines.active_parameters / 1e6:.2f} M active{members}; {start}",
                 f"{self.session.mesh.size} x {device.device_kind}{f' ({mesh})' if mesh else ''}; step compiled in {compile_s:.1f} s",
                 machine.peak_statement(device.device_kind, recipe.model.compute_dtype, self.session.mesh.size),
+                *self.session.sparsifier.notes(),
                 *([backend.backend_report()] if backend.recorded_choices() else []),
             ]
         )

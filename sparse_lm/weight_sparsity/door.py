@@ -123,6 +123,10 @@ class Sparsifier:
         """Returns {path of a matrix: float32 density of cells [(layers,) rows, columns]}, for the report."""
         return {}
 
+    def notes(self) -> list[str]:
+        """Returns what a run says of it at its start, in lines."""
+        return []
+
     def description(self) -> dict[str, Any]:
         """Returns the content of sparsity.json: what is sparse, how much, and what is left dense and why; {} for dense training."""
         return {}

@@ -359,6 +359,23 @@ class MaskedSparsifier(Sparsifier):
             found[path] = jnp.mean(cells, axis=tuple(range(lead, cells.ndim - 2)))
         return found
 
+    def notes(self) -> list[str]:
+        """See Sparsifier.notes."""
+        rows = self.description()["matrices"]
+        total = sum(row["matrices"] * math.prod(row["shape"]) for row in rows)
+        kept_weights = sum(row["kept"] for row in rows)
+        config = self.config
+        names = (
+            type(part).__name__ for part in (config.algorithm, config.structure, config.allocation, config.schedule)
+        )
+        named = [f"{path} ({why})" for path, why in self.dense.items() if why != "vector"]
+        vectors = len(self.dense) - len(named)
+        return [
+            f"masked weights ({', '.join(names)}): {kept_weights / 1e6:.2f} M of {total / 1e6:.2f} M in {len(rows)} matrices exist in the end; "
+            "compute and memory are those of dense weights",
+            f"dense: {', '.join([*named, f'{vectors} norms and biases'])}",
+        ]
+
     def description(self) -> dict[str, Any]:
         """See Sparsifier.description."""
         rows: list[dict[str, Any]] = []
