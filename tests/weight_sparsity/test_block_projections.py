@@ -54,7 +54,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [pytest.param("blocks", marks=pytest.mark.slow), "free", "all"])
 def test_a_packed_matrix_is_its_dense_mask(name: str) -> None:
     pattern, graph, params, state, probes = built(CONFIGS[name])
     x, dy = normal(2, 5, K), normal(2, 5, N)

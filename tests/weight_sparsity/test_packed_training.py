@@ -80,7 +80,7 @@ def only(gradient) -> Moment:
 
 @functools.cache
 def scores(microbatches: int, slabs: int):
-    """Growth scores of the first batch."""
+    """The compiled growth scores of a state."""
     definition = define(MODEL)
     sparsifier = Packed(algorithm=RigLBlocks(slabs=slabs)).build(definition, OPTIMIZER, STEPS, microbatches)
 
@@ -91,7 +91,7 @@ def scores(microbatches: int, slabs: int):
 
         return sparsifier.gradient_norms(only(gradient), state.params)
 
-    return tiny.jit(run)(start())
+    return tiny.jit(run)
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def dense_norms() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(("microbatches", "slabs"), [(1, 1), (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_growth_follows_the_gradient_of_the_whole_batch(microbatches: int, slabs: int) -> None:
     """In one microbatch by norms, in several by slabs of the summed gradient: gate has 4 block columns, down has 3 (slabs overlap)."""
-    found, expected = scores(microbatches, slabs), dense_norms()
+    found, expected = scores(microbatches, slabs)(start()), dense_norms()
     assert sorted(found) == list(PATHS)
     for path in PATHS:
         np.testing.assert_allclose(found[path], expected[path], rtol=1e-4, err_msg=path)
@@ -165,16 +165,7 @@ def test_a_change_replaces_the_step_and_blocks_keep_their_numbers() -> None:
 def test_the_dropped_blocks_are_the_smallest_and_the_grown_ones_have_the_largest_gradient() -> None:
     """The whole change against numpy, from the state before it."""
     before, after = states()[2], states()[3]
-    definition = define(MODEL)
-    sparsifier = Packed(algorithm=RigLBlocks()).build(definition, OPTIMIZER, STEPS, 1)
-    key = jax.random.fold_in(jax.random.wrap_key_data(before.key), before.step)
-
-    def run(state: TrainState):
-        return sparsifier.gradient_norms(
-            only(lambda weights: gradients(definition, weights, state.model_state, BATCH, 1, key)[1]), state.params
-        )
-
-    growth = tiny.jit(run)(before)
+    growth = scores(1, 1)(before)
     for path in PATHS:
         mask = masks(before)[path]
         values = np.asarray(at(before.params, f"{path}.values"))
@@ -312,6 +303,7 @@ def test_stacked_layers_start_with_the_topology_of_unrolled_ones() -> None:
     tiny.assert_same(unstack(stacked, 0), unrolled_state)
 
 
+@pytest.mark.slow
 def test_set_grows_at_random_and_keeps_counts() -> None:
     config = Packed(algorithm=SETBlocks(), schedule=Periodic(every=2, drop=1.0))
     state = dataclasses.replace(states()[2])
