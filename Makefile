@@ -34,13 +34,13 @@ quickstart: $(ready)  ## train a small sparse language model on real text and wr
 test: $(ready)  ## the tests, without the slow ones
 	$(python) -m pytest -n $(WORKERS) -m "not slow" --ignore=tests/multidevice
 ifneq ($(multidevice),)
-	$(fake_devices) $(python) -m pytest -m "not slow" $(multidevice)
+	$(fake_devices) $(python) -m pytest -n $(WORKERS) -m "not slow" $(multidevice)
 endif
 
 test-all: $(ready)  ## every test, slow ones included
 	$(python) -m pytest -n $(WORKERS) --ignore=tests/multidevice
 ifneq ($(multidevice),)
-	$(fake_devices) $(python) -m pytest $(multidevice)
+	$(fake_devices) $(python) -m pytest -n $(WORKERS) $(multidevice)
 endif
 
 lint: $(ready)  ## ruff (rules and format) and mypy

@@ -1,7 +1,13 @@
-"""Which tests run where: a test that needs hardware says so by a marker and is skipped with a reason where it is missing."""
+"""Which tests run where: a test that needs hardware says so by a marker and is skipped with a reason where it is missing.
 
+Programs compiled by one test are kept for the others, in this process, its siblings and its children, until the tests end.
+"""
+
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 import pytest
 
@@ -9,6 +15,10 @@ import pytest
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Forked workers must not inherit the tokenizers library's threads (it hangs when told to keep them).
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # set where this process is the child of one that came by here
+    compiled = tempfile.mkdtemp(prefix="compiled-for-tests-")
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 
 MULTIDEVICE = pathlib.Path(__file__).parent / "multidevice"
 FAKE_DEVICES = 8

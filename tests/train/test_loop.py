@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 import tiny
@@ -40,21 +39,6 @@ loop.Checkpointer.save = save_and_signal
 sys.exit(loop.train(load_recipe(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2])))
 """
 """A run that gets SIGTERM after the save of step 4, while it goes on with step 5."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory):
-    """All runs here are one program: compile it once."""
-    directory = tmp_path_factory.mktemp("compiled")
-    before = {
-        name: getattr(jax.config, name)
-        for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    }
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    yield directory
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -119,15 +103,13 @@ def test_a_finished_run_is_left_as_it_is(straight: pathlib.Path, folder: pathlib
 
 
 def test_sigterm_saves_and_exits_with_75_and_the_run_goes_on_to_the_same_bits(
-    straight: pathlib.Path, folder: pathlib.Path, compiled_once: pathlib.Path
+    straight: pathlib.Path, folder: pathlib.Path
 ) -> None:
     run_dir, config = folder / "stopped", folder / "recipe"
     config.mkdir()
     save_recipe(recipe(folder), config)
     environment = {
         **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(compiled_once),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
     command = [sys.executable, "-c", STOP_AFTER_SAVE, str(config), str(run_dir)]
