@@ -1,6 +1,6 @@
 """Benchmarks: `kernels` times kernels against dense products and other libraries, `tune` finds tilings, `train` times a recipe,
-`routing` times a
-mixture-of-experts layer, `memory` times tables of several sizes, `checkpoint` saves and restores, `scaling` compares all devices with one.
+`routing` times a mixture-of-experts layer,
+`memory` times tables of several sizes, `checkpoint` saves and restores, `scaling` compares all devices with one.
 
 python scripts/benchmark.py train dense_400m --loop-steps 60 --json docs/benchmarks/training.json
 python scripts/benchmark.py routing --json docs/benchmarks/routing_h100.json
@@ -30,7 +30,7 @@ def _beside(path: str | None, name: str, alone: bool) -> str | None:
 
 
 def kernels(options: argparse.Namespace) -> None:
-    """Times the operations named by --op, each part of a table in a process of its own."""
+    """Times the operations named by --op, part after part."""
     from pallas_kernels.benchmark import parts
 
     alone = options.op != "all"
@@ -39,7 +39,7 @@ def kernels(options: argparse.Namespace) -> None:
             f"{name}_path" if name == "json" else name: _beside(getattr(options, name), operation, alone)
             for name in ("json", "picture")
         }
-        parts.run(operation, backend=options.backend, jobs=options.jobs, only=options.only, **files)
+        parts.run(operation, backend=options.backend, only=options.only, **files)
 
 
 def tune(options: argparse.Namespace) -> None:
@@ -164,9 +164,6 @@ def main(arguments: list[str] | None = None) -> None:
                 "--only",
                 default="",
                 help="only parts in whose name this regular expression is found, for example 'torch BSR'",
-            )
-            command.add_argument(
-                "--jobs", type=int, help="processes at a time; default: all of them on a GPU, else one"
             )
     commands.add_parser("train", help=training.__doc__, add_help=False)
     command = commands.add_parser("routing", help=routing.__doc__)

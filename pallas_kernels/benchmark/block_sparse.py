@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.benchmark.timing import alone, compile_all, has_device_timer, preparing, time_all
+from pallas_kernels.benchmark.timing import compile_all, has_device_timer, time_all
 from pallas_kernels.block_gradient_norms import block_gradient_norms
 from pallas_kernels.block_sparse_matmul import cost, to_dense, topology_from_mask
 from pallas_kernels.block_sparse_matmul.api import _operation
@@ -131,27 +131,25 @@ def measure(case: Case, *, rounds: int = 2, backend: str | None = None) -> list[
         One row (a dict) for each product, for their sum, and for the norms.
     """
     dtype = jnp.dtype(case.dtype)
-    with preparing():
-        x, dy = random(1, (1, case.m, case.k), dtype), random(2, (1, case.m, case.n), dtype)
-        topology = topology_from_mask(make_mask(case), case.block, case.block)
-        values = random(3, (1, topology.blocks, case.block, case.block), dtype, 0.02)
-        masked = to_dense(values[0], topology)
-        w = random(4, (case.k, case.n), dtype, 0.02)
-        arguments = (x, dy, values, jax.tree.map(lambda a: a[None], topology))
-        jobs: dict[str, tuple] = {name: (function, arguments) for name, function in sparse_products(backend).items()}
-        jobs |= {f"dense {name}": (function, (x, dy, w)) for name, function in DENSE.items()}
-        if case.density == 1.0 and backend is None:
-            norms = functools.partial(block_gradient_norms, block_in=case.block, block_out=case.block)
-            jobs["norms"] = (lambda x, dy: norms(x[0], dy[0]), (x, dy))
-        compiled, failed = compile_all(jobs)
-        for name, message in failed.items():
-            print(f"FAILED {case.name} {name}: {message}", flush=True)
-        whole = {name: compiled[f"dense {name}"] for name in DENSE}
-    with alone():
-        errors = check_values(case, {n: compiled[n] for n in PRODUCTS if n in compiled}, whole, arguments, masked)
-        todo = {name: (compiled[name], jobs[name][1]) for name in compiled}
-        todo |= {f"masked {name}": (whole[name], (x, dy, masked)) for name in ("forward", "dx")}
-        timings = time_all(todo, rounds=rounds)
+    x, dy = random(1, (1, case.m, case.k), dtype), random(2, (1, case.m, case.n), dtype)
+    topology = topology_from_mask(make_mask(case), case.block, case.block)
+    values = random(3, (1, topology.blocks, case.block, case.block), dtype, 0.02)
+    masked = to_dense(values[0], topology)
+    w = random(4, (case.k, case.n), dtype, 0.02)
+    arguments = (x, dy, values, jax.tree.map(lambda a: a[None], topology))
+    jobs: dict[str, tuple] = {name: (function, arguments) for name, function in sparse_products(backend).items()}
+    jobs |= {f"dense {name}": (function, (x, dy, w)) for name, function in DENSE.items()}
+    if case.density == 1.0 and backend is None:
+        norms = functools.partial(block_gradient_norms, block_in=case.block, block_out=case.block)
+        jobs["norms"] = (lambda x, dy: norms(x[0], dy[0]), (x, dy))
+    compiled, failed = compile_all(jobs)
+    for name, message in failed.items():
+        print(f"FAILED {case.name} {name}: {message}", flush=True)
+    whole = {name: compiled[f"dense {name}"] for name in DENSE}
+    errors = check_values(case, {n: compiled[n] for n in PRODUCTS if n in compiled}, whole, arguments, masked)
+    todo = {name: (compiled[name], jobs[name][1]) for name in compiled}
+    todo |= {f"masked {name}": (whole[name], (x, dy, masked)) for name in ("forward", "dx")}
+    timings = time_all(todo, rounds=rounds)
 
     kind = jax.devices()[0].device_kind
     peak = next((value for name, value in PEAKS.items() if name in kind), None)
@@ -226,8 +224,7 @@ def torch_bsr(cases, seconds: float = 0.03) -> list[dict]:
     except ImportError:
         print("PyTorch is not installed: no BSR baseline")
         return []
-    with alone():
-        return [row for case in cases if (row := _torch_bsr(torch, case, seconds)) is not None]
+    return [row for case in cases if (row := _torch_bsr(torch, case, seconds)) is not None]
 
 
 def _torch_bsr(torch, case: Case, seconds: float) -> dict | None:
@@ -312,7 +309,7 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
 
 
 def parts(backend: str | None) -> dict[str, Callable[[], list[dict]]]:
-    """The table in parts that may run in processes of their own: name -> function that measures and prints its rows."""
+    """The table in parts: name -> function that measures and prints its rows."""
     gpu = has_device_timer()
     cases = (SOME_GPU_CASES if backend else GPU_CASES) if gpu else CPU_CASES
 

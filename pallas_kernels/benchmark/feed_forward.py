@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.benchmark.timing import alone, compile_all, has_device_timer, preparing, time_all
+from pallas_kernels.benchmark.timing import compile_all, has_device_timer, time_all
 from pallas_kernels.grouped_matmul import grouped_feed_forward
 
 SPLITS = ((16, 2), (64, 8), (256, 32))
@@ -71,22 +71,20 @@ def run(splits=SPLITS, tokens: int | None = None, model: int | None = None, acti
     defaults = (16384, 2048, 4096) if gpu else (2048, 256, 1024)
     tokens, model, active = (given or default for given, default in zip((tokens, model, active), defaults, strict=True))
     dtype = jnp.bfloat16 if gpu else jnp.float32
-    with preparing():
-        x, dy = normal(0, (tokens, model), dtype), normal(9, (tokens, model), dtype)
-        dense = [normal(i, s, dtype, 0.02) for i, s in enumerate(((model, active), (model, active), (active, model)))]
-        jobs: dict[str, tuple] = {"dense": (dense_step, (x, *dense, dy))}
-        for experts, per_token in splits:
-            ffn = active // per_token
-            sides = ((model, ffn), (model, ffn), (ffn, model))
-            weights = [normal(i, (experts, *s), dtype, 0.02) for i, s in enumerate(sides)]
-            weight = jax.random.uniform(jax.random.key(5), (tokens, per_token))
-            arguments = (x, *weights, weight, *route(tokens, experts, per_token))
-            jobs[f"E{experts} S{per_token}"] = (routed_step, (*arguments, dy))
-        compiled, failed = compile_all(jobs)
+    x, dy = normal(0, (tokens, model), dtype), normal(9, (tokens, model), dtype)
+    dense = [normal(i, s, dtype, 0.02) for i, s in enumerate(((model, active), (model, active), (active, model)))]
+    jobs: dict[str, tuple] = {"dense": (dense_step, (x, *dense, dy))}
+    for experts, per_token in splits:
+        ffn = active // per_token
+        sides = ((model, ffn), (model, ffn), (ffn, model))
+        weights = [normal(i, (experts, *s), dtype, 0.02) for i, s in enumerate(sides)]
+        weight = jax.random.uniform(jax.random.key(5), (tokens, per_token))
+        arguments = (x, *weights, weight, *route(tokens, experts, per_token))
+        jobs[f"E{experts} S{per_token}"] = (routed_step, (*arguments, dy))
+    compiled, failed = compile_all(jobs)
     for name, message in failed.items():
         print(f"FAILED {name}: {message}", flush=True)
-    with alone():
-        timings = time_all({name: (compiled[name], jobs[name][1]) for name in compiled}, rounds=2)
+    timings = time_all({name: (compiled[name], jobs[name][1]) for name in compiled}, rounds=2)
     least = x.dtype.itemsize * tokens * (model + 2 * active)
     rows = []
     for name, timing in timings.items():
@@ -112,7 +110,7 @@ def run(splits=SPLITS, tokens: int | None = None, model: int | None = None, acti
 
 
 def parts(backend: str | None) -> dict[str, Callable[[], list[dict]]]:
-    """The table in parts that may run in processes of their own: name -> function that measures and prints its rows."""
+    """The table in parts: name -> function that measures and prints its rows."""
     del backend
     return {
         f"E{experts} S{per_token}": functools.partial(run, ((experts, per_token),)) for experts, per_token in SPLITS

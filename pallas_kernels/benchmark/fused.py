@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.benchmark.grouped import problem
-from pallas_kernels.benchmark.timing import alone, compile_all, has_device_timer, preparing, time_all
+from pallas_kernels.benchmark.timing import compile_all, has_device_timer, time_all
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 
 READS = 8  # sorted rows that read one token
@@ -69,13 +69,11 @@ def run(what: str, shape: str | None = None) -> list[dict]:
     """Times one pair on one shape; prints and returns one row for each form."""
     gpu = has_device_timer()
     shape = shape or ("E64" if gpu else "cpu")
-    with preparing():
-        jobs = pairs(shape, jnp.bfloat16 if gpu else jnp.float32)[what]
-        compiled, failed = compile_all(jobs)
+    jobs = pairs(shape, jnp.bfloat16 if gpu else jnp.float32)[what]
+    compiled, failed = compile_all(jobs)
     for name, message in failed.items():
         print(f"FAILED {shape} {what}, {name}: {message}", flush=True)
-    with alone():
-        timings = time_all({name: (compiled[name], jobs[name][1]) for name in compiled}, rounds=2)
+    timings = time_all({name: (compiled[name], jobs[name][1]) for name in compiled}, rounds=2)
     rows = []
     for name, timing in timings.items():
         memory = compiled[name].memory_analysis().temp_size_in_bytes / 1e6
@@ -85,7 +83,7 @@ def run(what: str, shape: str | None = None) -> list[dict]:
 
 
 def parts(backend: str | None) -> dict[str, Callable[[], list[dict]]]:
-    """The table in parts that may run in processes of their own: name -> function that measures and prints its rows."""
+    """The table in parts: name -> function that measures and prints its rows."""
     del backend
     return {
         what: functools.partial(run, what) for what in ("SwiGLU", "SwiGLU dx", "rows by index", "dw, rows by index")

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.benchmark.timing import alone, compile_all, has_device_timer, preparing, time_all
+from pallas_kernels.benchmark.timing import compile_all, has_device_timer, time_all
 from pallas_kernels.grouped_matmul import grouped_matmul, reference
 from pallas_kernels.grouped_matmul import groups as row_groups
 
@@ -204,12 +204,11 @@ def measure(shape: str, skews, functions, dtype, rounds: int) -> list[dict]:
     """
     rows, inner, outer, _ = SHAPES[shape]
     flops, report = 2 * rows * inner * outer, []
-    with preparing():
-        x, w, dy, sizes = problem(shape, skews[0], dtype)
-        todo = {f"dense|{n}": fa for n, fa in dense(x, w, dy).items()}
-        for label, group in functions.items():
-            todo |= {f"{label}|{n}": (f, (x, w, dy, sizes)) for n, f in group.items()}
-        compiled, failed = compile_all(todo, threads=12)
+    x, w, dy, sizes = problem(shape, skews[0], dtype)
+    todo = {f"dense|{n}": fa for n, fa in dense(x, w, dy).items()}
+    for label, group in functions.items():
+        todo |= {f"{label}|{n}": (f, (x, w, dy, sizes)) for n, f in group.items()}
+    compiled, failed = compile_all(todo, threads=12)
     for name, message in failed.items():
         print("FAILED", shape, name, message, flush=True)
     for name in list(compiled):
@@ -219,14 +218,13 @@ def measure(shape: str, skews, functions, dtype, rounds: int) -> list[dict]:
     for skew in skews:
         sizes = jnp.asarray(sizes_of(skew, *(SHAPES[shape][i] for i in (0, 3))))
         ready = {n: (f, todo[n][1] if n.startswith("dense") else (x, w, dy, sizes)) for n, f in compiled.items()}
-        with alone():
-            kernels = {}
-            if has_device_timer():
-                try:
-                    kernels = {n: t.median for n, t in time_all(ready, rounds=rounds).items()}
-                except (RuntimeError, TypeError) as error:
-                    print("no kernel times:", error)
-            samples_of = queue_times(ready, (x, w, dy, sizes), rounds)
+        kernels = {}
+        if has_device_timer():
+            try:
+                kernels = {n: t.median for n, t in time_all(ready, rounds=rounds).items()}
+            except (RuntimeError, TypeError) as error:
+                print("no kernel times:", error)
+        samples_of = queue_times(ready, (x, w, dy, sizes), rounds)
         for name, samples in samples_of.items():
             label, product = name.split("|")
             seconds = float(np.median(samples))
@@ -249,7 +247,7 @@ def measure(shape: str, skews, functions, dtype, rounds: int) -> list[dict]:
 
 
 def parts(backend: str | None) -> dict[str, Callable[[], list[dict]]]:
-    """The table in parts that may run in processes of their own: name -> function that measures and prints its rows."""
+    """The table in parts: name -> function that measures and prints its rows."""
     shapes = (["E64"] if backend else ["E8", "E64", "E128"]) if has_device_timer() else ["cpu"]
     return {shape: functools.partial(_table, shape, {"ours": products(backend)}) for shape in shapes}
 

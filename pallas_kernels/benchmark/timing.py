@@ -8,14 +8,10 @@ on what ran before; medians and spreads over the rounds are reported.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
-import fcntl
-import os
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,37 +30,6 @@ class Timing:
     def spread(self) -> float:
         """(high - low) / median."""
         return (self.high - self.low) / self.median
-
-
-LOCK = "KERNEL_BENCHMARK_LOCK"  # environment variable: a file by which benchmark processes agree on who uses the device
-PREPARATION_SECONDS = 120  # how long others wait for a process that prepares
-
-
-@contextlib.contextmanager
-def preparing() -> Iterator[None]:
-    """While one of the processes that share the lock file is in here (drawing inputs, compiling), none is in `alone`."""
-    if LOCK not in os.environ:
-        yield
-        return
-    with open(os.environ[LOCK], "a") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        late = threading.Timer(PREPARATION_SECONDS, fcntl.flock, (file, fcntl.LOCK_UN))
-        late.start()
-        try:
-            yield
-        finally:
-            late.cancel()
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """The device to oneself among the processes that share the lock file."""
-    if LOCK not in os.environ:
-        yield
-        return
-    with open(os.environ[LOCK], "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def has_device_timer() -> bool:

@@ -1,15 +1,12 @@
 """The benchmark commands on tiny problems: they run, their numbers add up, their files are written."""
 
 import json
-import pathlib
-import threading
-import types
 
 import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.benchmark import block_sparse, feed_forward, fused, grouped, parts, timing
+from pallas_kernels.benchmark import block_sparse, feed_forward, fused, grouped, parts
 from pallas_kernels.grouped_matmul import grouped_feed_forward
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="tiny problems say nothing on an accelerator")
@@ -74,38 +71,14 @@ def test_fused_forms_and_their_plain_forms_agree(monkeypatch):
     assert [row["form"] for row in fused.run("SwiGLU")] == ["one kernel", "two products"]
 
 
-def test_parts_run_in_processes_of_their_own_and_a_failure_is_not_a_number(tmp_path, monkeypatch, capfd):
-    ran = []
-    monkeypatch.setattr(
-        parts.subprocess,
-        "run",
-        lambda command, **options: (
-            ran.append((command[3:5], options["env"][timing.LOCK])),
-            "b64" in command[4] and pathlib.Path(command[5]).write_text('[{"ms": 1.0}]'),
-            types.SimpleNamespace(stdout="said\n"),
-        )[-1],
-    )
-    found = parts.run("block_sparse", json_path=str(tmp_path / "table.json"))
-    names = ["2048x2048x2048 b64 float32 binomial 0.1", "2048x2048x2048 b128 float32 binomial 0.1"]
-    assert sorted(command for command, _ in ran) == sorted(["block_sparse", name] for name in names)
-    assert len({lock for _, lock in ran}) == 1
-    assert found["rows"] == [{"ms": 1.0}]  # the part that wrote nothing has no rows
+def test_a_part_that_fails_is_said_and_is_not_a_number(tmp_path, monkeypatch, capsys):
+    def broken():
+        raise MemoryError("too large")
+
+    table = {"small 1": lambda: [{"ms": 1.0}], "small 2": broken, "large": broken, "small 3": lambda: [{"ms": 3.0}]}
+    monkeypatch.setitem(parts.OPERATIONS, "norms", lambda backend: table)
+    found = parts.run("norms", json_path=str(tmp_path / "table.json"), only="^small")
+    assert found["rows"] == [{"ms": 1.0}, {"ms": 3.0}]
     assert json.loads((tmp_path / "table.json").read_text()) == found
-    assert f"--- block_sparse {names[1]}\nsaid" in capfd.readouterr().out
-
-
-def test_nothing_is_timed_while_another_process_prepares(tmp_path, monkeypatch):
-    monkeypatch.setenv(timing.LOCK, str(tmp_path / "lock"))
-    events = []
-
-    def time_alone():
-        with timing.alone():
-            events.append("alone")
-
-    with timing.preparing(), timing.preparing():  # several may prepare
-        thread = threading.Thread(target=time_alone)
-        thread.start()
-        thread.join(0.05)
-        events.append("prepared")
-    thread.join()
-    assert events == ["prepared", "alone"]
+    said = capsys.readouterr().out
+    assert "FAILED norms small 2: MemoryError: too large" in said and "large: " not in said.replace("too large", "")
