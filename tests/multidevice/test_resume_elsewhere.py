@@ -1,5 +1,6 @@
 """A run that stops on one mesh goes on on another."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -11,8 +12,10 @@ import tiny
 
 from sparse_lm.parallel.mesh import MeshShape
 from sparse_lm.recipe import Recipe
-from sparse_lm.train.checkpoint import read_checkpoint
+from sparse_lm.train.checkpoint import Checkpointer, Checkpoints, read_checkpoint
 from sparse_lm.train.loop import train
+from sparse_lm.train.session import open_session
+from sparse_lm.train.state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +68,25 @@ def test_a_run_goes_on_on_another_mesh(mesh: dict[str, int], whole: pathlib.Path
     tiny.assert_close(found["params"], expected["params"], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(losses(run_dir), losses(whole), rtol=1e-5)
     assert jax.device_count() == 8
+
+
+def test_a_state_is_handed_from_mesh_to_mesh(tmp_path: pathlib.Path) -> None:
+    """8 devices with an expert each, 4 experts on 2 groups of 4, 4 devices, 1: every one restores what the one before it saved."""
+    eight_experts = dataclasses.replace(tiny.MOE, experts=8)
+    meshes = [{"expert": 8}, {"fsdp": 4, "expert": 2}, {"fsdp": 2, "tensor": 2}, {"data": 1}]
+    first: TrainState | None = None
+    for step, mesh in enumerate(meshes):
+        run = Recipe(model=tiny.model(eight_experts, layers=1), mesh=MeshShape(**{"data": 1, **mesh}))
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, sequence_length=16, batch_size=8))
+        session = open_session(run, jax.devices()[: int(np.prod(list(mesh.values())))])
+        keeper = Checkpointer(
+            tmp_path, Checkpoints(keep_last=9), session.abstract, session.dims, session.mesh, population=False
+        )
+        state = keeper.restore(step, session.shardings)[0] if step else session.create()
+        gate = state.params["blocks"]["0"]["feed_forward"]["gate"]["weight"]
+        pieces = {"expert": 8, "fsdp": 8 if mesh.get("expert") else 4, "data": 1}[next(iter(mesh))]
+        assert gate.addressable_shards[0].data.size * pieces == gate.size
+        keeper.save(step + 1, state, {"windows": step}, {}, 0.0)
+        keeper.close()
+        first = first or jax.device_get(state)
+        tiny.assert_same(dataclasses.asdict(jax.device_get(state)), dataclasses.asdict(first))
