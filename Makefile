@@ -2,7 +2,8 @@
 #   make PYTHON=/path/to/python3.12 ...   chooses the interpreter      make VENV=.venv-311 ...   keeps several side by side
 
 VENV ?= .venv
-WORKERS ?= 2
+# More than the two cores of a small machine: some tests wait for processes and disks.
+WORKERS ?= 3
 export PYTHONUNBUFFERED := 1
 
 python := $(VENV)/bin/python
