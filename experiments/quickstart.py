@@ -54,9 +54,9 @@ def quickstart() -> Recipe:
             iterations=3,
             schedule=WarmupStableDecay(warmup_steps=40, decay_fraction=0.5),
         ),
-        train=Train(steps=960),
-        validation=Validation(every=480, tokens_per_domain=8192, overlap=80),
-        checkpoint=Checkpoints(every=480),
+        train=Train(steps=900),
+        validation=Validation(every=450, tokens_per_domain=8192, overlap=80),
+        checkpoint=Checkpoints(every=450),
         log=LogConfig(log_every=20),
     )
 
