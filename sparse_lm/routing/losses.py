@@ -73,11 +73,12 @@ def importance_loss(probability_GSE: jax.Array, valid_GS: jax.Array) -> jax.Arra
     """Squared coefficient of variation of the experts' total probability, summed over groups.
 
     Shazeer et al. 2017 (arXiv 1701.06538, equation 7), on the whole distribution as Riquelme et al. 2021 (arXiv 2106.05974,
-    appendix A): uniform scores 0, all on one expert E - 1.
+    appendix A): uniform scores 0, all on one expert E - 1, a group of padding 0.
     """
     mean_GE = means(probability_GSE, valid_GS)
     variance_G = jnp.var(mean_GE, axis=-1)
-    return jnp.sum(variance_G / jnp.maximum(jnp.square(jnp.mean(mean_GE, axis=-1)), 1e-20))
+    # The floor's square, which the gradient divides by, must not underflow in float32.
+    return jnp.sum(variance_G / jnp.maximum(jnp.square(jnp.mean(mean_GE, axis=-1)), 1e-12))
 
 
 def entropy(probability: jax.Array) -> jax.Array:

@@ -186,6 +186,12 @@ def test_importance_by_hand() -> None:
     assert float(losses.importance_loss(one, VALID_GS[:, :1])) == pytest.approx(3.0, rel=1e-5)
 
 
+def test_a_group_of_padding_has_no_importance_and_no_gradient() -> None:
+    value, gradient = jax.value_and_grad(losses.importance_loss)(PROBABILITY_GSE, jnp.zeros_like(VALID_GS))
+    assert float(value) == 0 and (np.asarray(gradient) == 0).all()
+
+
+
 def test_entropies_by_hand() -> None:
     local = -sum(p * math.log(p) for p in PROBABILITY_GSE.ravel().tolist())
     assert float(losses.local_entropy_loss(PROBABILITY_GSE, VALID_GS)) == pytest.approx(local, rel=1e-5)
