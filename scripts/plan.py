@@ -78,6 +78,9 @@ def show(plan: Plan, console: Console) -> None:
         "are in it up to 1024 positions, and the GPU's attention keeps none. The tensor axis is not divided out of it.",
         soft_wrap=True,
     )
+    if plan.host_bytes:
+        held = size_text(plan.host_bytes)
+        console.print(f"host memory: {held} of rows and slots, twice that while a save is under way", soft_wrap=True)
     for line in plan.whole:
         console.print(f"left whole: {line}", soft_wrap=True)
     steps = recipe.train.steps

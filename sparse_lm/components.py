@@ -53,6 +53,11 @@ TABLE: dict[str, dict[str, str]] = {
         "row_adagrad": "sparse_lm.memory.row_optimizer:RowAdagrad",
         "row_sgd": "sparse_lm.memory.row_optimizer:RowSGD",
     },
+    "placement": {
+        "device": "sparse_lm.memory.placement:OnDevice",
+        "host": "sparse_lm.memory.placement:OnHost",
+        "stale_host": "sparse_lm.memory.placement:StaleHost",
+    },
     "projection": {
         "dense": "sparse_lm.layers.projection:DenseProjection",
         "block_sparse": "sparse_lm.weight_sparsity.projection:BlockSparseProjection",

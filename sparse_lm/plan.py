@@ -18,12 +18,13 @@ from sparse_lm.accounting import Account, account
 from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.layers.tree_paths import flatten
+from sparse_lm.memory.host_tables import working_set
 from sparse_lm.model.definition import Definition
 from sparse_lm.model.loss import chunks_of
 from sparse_lm.parallel import rules
 from sparse_lm.parallel.mesh import AXES, MeshShape
 from sparse_lm.recipe import Recipe
-from sparse_lm.train.session import Session, open_session
+from sparse_lm.train.session import Session, check_placement, open_session
 from sparse_lm.train.validation import MODEL_ARRAYS
 
 PARTS = ("params", "gradients", "opt_state", "ema", "model_state", "tables")
@@ -39,7 +40,8 @@ class Plan:
       recipe: the recipe.
       mesh: sizes of the mesh axes.
       account: parameters and forward operations per token by component, of one member.
-      bytes: component -> part of PARTS -> bytes on each device, all members together.
+      bytes: component -> part of PARTS -> bytes on each device, all members together; of tables in host memory the working sets.
+      host_bytes: of tables in host memory, rows and slots.
       activation_bytes: estimate of what the backward pass keeps of one microbatch on each device; see `activation_bytes`.
       logits_bytes: float32 logits of one chunk of the loss and their gradient, on each device.
       whole: the dims that a mesh axis should split but does not divide.
@@ -50,6 +52,7 @@ class Plan:
     mesh: dict[str, int]
     account: Account
     bytes: dict[str, dict[str, int]]
+    host_bytes: int
     activation_bytes: int
     logits_bytes: int
     whole: tuple[str, ...]
@@ -107,6 +110,7 @@ def make_plan(recipe: Recipe, devices: int) -> Plan:
     sizes = recipe.mesh.sizes(devices)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     check_batch(recipe, mesh)
+    check_placement(recipe, mesh)
     # The session's shapes do not depend on the mesh: one local device is enough to get them.
     session = open_session(dataclasses.replace(recipe, mesh=MeshShape(data=1)), jax.devices()[:1])
     shapes = jax.tree.map(lambda leaf: leaf.shape, session.abstract.params)
@@ -117,6 +121,7 @@ def make_plan(recipe: Recipe, devices: int) -> Plan:
         mesh=sizes,
         account=account(recipe.model, length),
         bytes=state_bytes(session, mesh),
+        host_bytes=host_bytes(session),
         activation_bytes=members * activation_bytes(session.definition, rows, length) // mesh.shape["context"],
         logits_bytes=members * logits_bytes(recipe, max(rows, 1), mesh),
         whole=tuple(rules.undivided(session.dims.params, shapes, mesh)),
@@ -192,8 +197,21 @@ def state_bytes(session: Session, mesh: Any) -> dict[str, dict[str, int]]:
     def add_table(path: str, dims: tuple[str, ...], leaf: Any) -> None:
         lines["memory_rows"]["tables"] += shard_bytes(leaf, dims, mesh)
 
-    map_leaves(add_table, session.dims.tables, session.abstract.tables)
+    held = {name: session.dims.tables[name] for name in session.shardings.tables}
+    map_leaves(add_table, held, {name: session.abstract.tables[name] for name in held})
+    if session.recipe.model.memory.placement.on_host:
+        data = session.recipe.data
+        arguments = (session.recipe.model.memory, session.abstract.tables, data.batch_size, data.sequence_length, False)
+        working = jax.tree.leaves(working_set(*arguments))
+        # That of the step that runs, which the next one takes rows from, and those of the two steps after it.
+        lines["memory_rows"]["tables"] += 3 * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in working)
     return dict(lines)
+
+
+def host_bytes(session: Session) -> int:
+    """Returns the bytes of the tables that are in host memory; a save takes as much again while it is under way."""
+    held = [part for name, part in session.abstract.tables.items() if name not in session.shardings.tables]
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
 
 
 def activation_bytes(definition: Definition, rows: int, length: int) -> int:

@@ -80,6 +80,9 @@ class Recipe(Config):
         if self.checkpoint.keep_best and not self.validation.every:
             allowed = "0, because validation.every = 0 gives checkpoints no validation loss to be best in"
             raise ConfigError("checkpoint.keep_best", self.checkpoint.keep_best, allowed)
+        if self.population.active and self.model.memory.placement.on_host:
+            name = type(self.model.memory.placement).__name__
+            raise ConfigError("model.memory.placement", name, "OnDevice in a population, whose members read together")
         self.weight_sparsity.check_start(self.start_from)
         if not self.optimizer.elementwise:
             for path, config in children(self.model, "model"):

@@ -13,6 +13,7 @@ from sparse_lm.layers.feed_forward import DenseFeedForward
 from sparse_lm.layers.parametrization import MuP, PathDensity, SparseMuP
 from sparse_lm.memory.engram import Engram
 from sparse_lm.memory.ngram_embedding import NgramEmbedding
+from sparse_lm.memory.placement import OnHost
 from sparse_lm.memory.row_optimizer import LazyAdam, RowAdagrad
 from sparse_lm.model.depth import MixtureOfDepths
 from sparse_lm.model.transformer import Model
@@ -79,6 +80,13 @@ BAD: list[tuple[dict[str, Any], str, Any, str]] = [
     ({"model.memory": NgramEmbedding(at=(1,))}, "model.memory.at", (1,), "(0,)"),
     ({"model.memory": Engram(optimizer=LazyAdam(beta2=1.0))}, "model.memory.optimizer.beta2", 1.0, "0 to below 1"),
     ({"model.memory": Engram(optimizer=RowAdagrad(epsilon=0.0))}, "model.memory.optimizer.epsilon", 0.0, "above 0"),
+    ({"model.memory": Engram(placement=OnHost(room=0.0))}, "model.memory.placement.room", 0.0, "above 0, at most 1"),
+    (
+        {"model.memory": Engram(placement=OnHost()), "population.seeds": (1, 2)},
+        "model.memory.placement",
+        "OnHost",
+        "OnDevice in a population",
+    ),
     # weight sparsity
     (
         {"weight_sparsity": Masked(algorithm=RigL(), schedule=Periodic()), "optimizer": Muon()},

@@ -10,6 +10,7 @@ import numpy as np
 from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.pipeline import prepare
 from sparse_lm.layers.parameter import map_leaves
+from sparse_lm.memory.host_array import HostArray
 from sparse_lm.model.definition import Definition, define, with_classes
 from sparse_lm.recipe import Recipe, load_recipe
 from sparse_lm.train.checkpoint import CheckpointError, checkpoint_directory, read_checkpoint
@@ -83,7 +84,8 @@ def open_run(run_dir: pathlib.Path, *, step: int | None = None) -> Loaded:
     train = recipe.train
     sparsifier = recipe.weight_sparsity.build(define(recipe.model), recipe.optimizer, train.steps, train.microbatches)
     unread = ("opt_state", "tables.slots", *([] if sparsifier.forward_reads else ["sparsity"]))
-    source = read_checkpoint(directory, step, without=unread)
+    on_host = recipe.model.memory.placement.on_host
+    source = read_checkpoint(directory, step, without=unread, on_host=on_host)
     averaged = bool(source.state.get("ema"))
     tree = source.state.pop("ema" if averaged else "params")
     model_state = source.state.get("model_state", {})
@@ -101,6 +103,8 @@ def open_run(run_dir: pathlib.Path, *, step: int | None = None) -> Loaded:
         params = sparsifier.forward_params(params, stack(sparsity, wanted, axis), source.step)
     state = _stacked(model_state, definition.state_shapes, axis, origin)
     check_addresses(definition, tables, origin)
+    if on_host:
+        tables = {**tables, "rows": {name: HostArray(rows) for name, rows in tables["rows"].items()}}
     state = with_tables(state, tables)
     return Loaded(run_dir, recipe, dataset, definition, source.step, params, state, recipe.population, averaged)
 

@@ -7,13 +7,13 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sparse_lm.data.pipeline import train_stream, validation_batches
 from sparse_lm.evaluate.load import Loaded
 from sparse_lm.memory.hashing import Hash, addresses_on_host, suffixes
+from sparse_lm.memory.host_array import HostArray
 from sparse_lm.memory.ngram import NgramMemory
 from sparse_lm.train.validation import MODEL_ARRAYS, build_eval_step
 
@@ -37,7 +37,8 @@ def without_memory(loaded: Loaded) -> Loaded:
     """Returns the run with every row of its tables zero, as if no n-gram had been seen."""
     memory_of(loaded)
     tables = loaded.model_state["tables"]
-    zeroed = {**tables, "rows": jax.tree.map(jnp.zeros_like, tables["rows"])}
+    rows = {n: r.zeros() if isinstance(r, HostArray) else jnp.zeros_like(r) for n, r in tables["rows"].items()}
+    zeroed = {**tables, "rows": rows}
     return dataclasses.replace(loaded, model_state={**loaded.model_state, "tables": zeroed})
 
 

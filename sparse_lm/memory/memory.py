@@ -3,16 +3,20 @@
 Legend: B batch, L length, D model, H heads, X width of what is looked up for a token, W remembered positions.
 """
 
+import concurrent.futures
 import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from sparse_lm.config import Config
 from sparse_lm.memory.compression import TokenClasses
 from sparse_lm.memory.hashing import Hash
+from sparse_lm.memory.host_array import HostArray
+from sparse_lm.memory.placement import OnDevice, Placement
 from sparse_lm.memory.sharded import look_up_sharded, row_axes, update_sharded
 from sparse_lm.memory.table import TableSpec, look_up, update
 from sparse_lm.parallel.mesh import current
@@ -46,6 +50,11 @@ class Memory(Config):
     """Base of the memory components; itself no memory."""
 
     @property
+    def placement(self) -> Placement:
+        """Where the rows of the tables live; a field of the memories that have some."""
+        return OnDevice()
+
+    @property
     def blocks(self) -> tuple[int, ...]:
         """Blocks, counted from 0, before whose attention a memory layer stands; ascending."""
         return ()
@@ -76,6 +85,18 @@ class Memory(Config):
         self, hashes: dict[str, Hash], tokens_BL: Any, segments_BL: Any, positions_BL: Any, history: History | None
     ) -> Tree:
         """Returns {table: int32 [B, L, H]}; positions of segment 0 have the address R, which is no row."""
+        return {}
+
+    def addresses_on_host(
+        self,
+        hashes: dict[str, Hash],
+        tokens_BL: np.ndarray,
+        segments_BL: np.ndarray,
+        positions_BL: np.ndarray,
+        *,
+        threads: concurrent.futures.ThreadPoolExecutor | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Returns what `addresses` does, in numpy; threads share the work."""
         return {}
 
     def build(self, block: int, d_model: int, epsilon: float) -> nnx.Module:
@@ -117,6 +138,24 @@ def initial_tables(memory: Memory, hashes: dict[str, Hash], key: jax.Array) -> T
     }
 
 
+def host_rows(memory: Memory, key: jax.Array) -> Tree:
+    """Returns rows and slots of `initial_tables` in host memory: {"rows": {table: HostArray}, "slots"}; the same numbers."""
+    rows: Tree = {}
+    for i, (name, spec) in enumerate(memory.tables().items()):
+        if spec.deviation:
+            with jax.default_device(jax.local_devices(backend="cpu")[0]):
+                drawn = jax.jit(lambda key, spec=spec: spec.create(key)[0])(jax.random.fold_in(key, i))
+            rows[name] = HostArray(np.array(drawn))
+        else:
+            rows[name] = HostArray(np.zeros((spec.rows, spec.width), spec.dtype))
+    slots = {
+        name: {slot: HostArray(np.zeros((spec.rows, *s.shape), s.dtype)) for slot, s in found.items()}
+        for name, spec in memory.tables().items()
+        if (found := spec.optimizer.slots(spec.width))
+    }
+    return {"rows": rows, "slots": slots}
+
+
 def table_dims(memory: Memory) -> Tree:
     """Returns the logical dims of `initial_tables`."""
     if not memory.tables():
@@ -140,20 +179,28 @@ def fetch(
 ) -> tuple[Tree, Tree]:
     """Looks up every table.
 
+    Tables in host memory are looked up there while the program runs. A step of training gets their working set instead, in which
+    "places" stand for addresses (`host_tables.HostTables`).
+
     Returns:
       ({table: rows [B, L, X]}, {table: addresses int32 [B, L, H]}).
     """
     if not tables:
         return {}, {}
-    hashes = {name: Hash(**arrays) for name, arrays in tables["address"].items()}
-    found = memory.addresses(hashes, tokens_BL, segments_BL, positions_BL, history)
+    if "places" in tables:
+        found = tables["places"]
+    else:
+        hashes = {name: Hash(**arrays) for name, arrays in tables["address"].items()}
+        found = memory.addresses(hashes, tokens_BL, segments_BL, positions_BL, history)
     mesh, rows = current(), {}
     for name, spec in memory.tables().items():
-        axes = row_axes(spec, mesh)
-        if mesh is None or not axes:
-            rows[name] = look_up(tables["rows"][name], found[name])
+        table, axes = tables["rows"][name], row_axes(spec, mesh)
+        if isinstance(table, HostArray):
+            rows[name] = table.look_up(found[name])
+        elif mesh is None or not axes:
+            rows[name] = look_up(table, found[name])
         else:
-            rows[name] = look_up_sharded(mesh, axes, tables["rows"][name], found[name])
+            rows[name] = look_up_sharded(mesh, axes, table, found[name])
     return rows, found
 
 
@@ -164,7 +211,7 @@ def update_tables(
 
     Args:
       memory: the component.
-      tables: state of the tables.
+      tables: state of the tables, or a working set.
       address: from `fetch`.
       grads: gradients of its rows.
       rate: the optimizer's learning rate at this step.
@@ -173,11 +220,12 @@ def update_tables(
     """
     if not tables:
         return tables
-    new: Tree = {"address": tables["address"], "rows": {}, "slots": {}}
+    new: Tree = {**tables, "rows": {}, "slots": {}}
     mesh = current()
     for name, spec in memory.tables().items():
-        own = jnp.where(keep, spec.rows, address[name])
-        arguments = (spec, tables["rows"][name], tables["slots"].get(name, {}), own, grads[name], rate, step)
+        table = tables["rows"][name]
+        own = jnp.where(keep, table.shape[0], address[name])
+        arguments = (spec, table, tables["slots"].get(name, {}), own, grads[name], rate, step)
         axes = row_axes(spec, mesh)
         rows, slots = update(*arguments) if mesh is None or not axes else update_sharded(mesh, axes, *arguments)
         new["rows"][name] = rows

@@ -3,15 +3,18 @@
 Legend: B batch, L length, H heads of all orders, X width of what is looked up for a token.
 """
 
+import concurrent.futures
 import dataclasses
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 
 from sparse_lm.config import ConfigError, component
 from sparse_lm.memory.compression import TokenClasses, uncompressed
-from sparse_lm.memory.hashing import Hash, addresses, distinct_primes, make_hash
+from sparse_lm.memory.hashing import Hash, addresses, addresses_on_host, distinct_primes, make_hash
 from sparse_lm.memory.memory import History, Memory
+from sparse_lm.memory.placement import OnDevice, Placement
 from sparse_lm.memory.row_optimizer import RowOptimizer, TouchAdam
 from sparse_lm.memory.table import TableSpec
 
@@ -47,6 +50,8 @@ class NgramMemory(Memory):
     """Seed of the hash's multipliers."""
     optimizer: RowOptimizer = component("row_optimizer", TouchAdam())
     """How rows are updated."""
+    placement: Placement = component("placement", OnDevice())
+    """Where rows and their slots live."""
 
     def check(self) -> None:
         """See Config.check."""
@@ -111,6 +116,24 @@ class NgramMemory(Memory):
             bits = max(spec.primes).bit_length()
             found = addresses(hashes[name], self.orders, tokens_BL, segments_BL, before, salt_BL, bits=bits)
             out[name] = jnp.where(segments_BL[..., None] > 0, found, spec.rows)
+        return out
+
+    def addresses_on_host(
+        self,
+        hashes: dict[str, Hash],
+        tokens_BL: np.ndarray,
+        segments_BL: np.ndarray,
+        positions_BL: np.ndarray,
+        *,
+        threads: concurrent.futures.ThreadPoolExecutor | None = None,
+    ) -> dict[str, np.ndarray]:
+        """See Memory.addresses_on_host."""
+        salt_BL = positions_BL if self.addressing == "shuffled" else None
+        out = {}
+        for name, spec in self.tables().items():
+            arrays = hashes[name], self.orders, tokens_BL, segments_BL
+            found = addresses_on_host(*arrays, salt_BL=salt_BL, threads=threads)
+            out[name] = np.where(segments_BL[..., None] > 0, found, np.int32(spec.rows))
         return out
 
     @property

@@ -183,9 +183,9 @@ def update(
     rate: jax.Array,
     step: jax.Array,
 ) -> tuple[jax.Array, Slots]:
-    """Returns (table, slots) after a step, from the gradient of what `look_up` returned."""
+    """Returns (table, slots) after a step, from the gradient of what `look_up` returned; the table's length is no row."""
     grads_AD = grads_BLX.astype(jnp.float32).reshape(-1, spec.width)
-    address_U, grads_UD = sum_duplicates(address_BLH.reshape(-1), grads_AD, spec.rows)
+    address_U, grads_UD = sum_duplicates(address_BLH.reshape(-1), grads_AD, rows_RD.shape[0])
     return update_rows(rows_RD, slots, address_U, grads_UD, spec.optimizer, rate * spec.optimizer.learning_rate, step)
 
 

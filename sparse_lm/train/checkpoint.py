@@ -1,7 +1,7 @@
 """Checkpoints: one thin module over Orbax. One atomic directory a step holds the state, the data state and the recipe.
 
 Saving copies the state on the device, behind the step under way and without waiting for it; a thread moves the copy to the host and
-writes it while training goes on. The layout on disk has unrolled block names whatever the layout in memory, so scanned and unrolled
+writes it while training goes on. Tables in host memory are copied there, before training goes on. The layout on disk has unrolled block names whatever the layout in memory, so scanned and unrolled
 runs, and any mesh, read each other's checkpoints. On several processes each writes the parts that its devices hold; Orbax then waits
 at barriers of the coordination service, never on the devices, so a save may run beside steps.
 """
@@ -28,6 +28,7 @@ from orbax.checkpoint import options as orbax_options
 from sparse_lm.config import Config
 from sparse_lm.layers.parameter import RUN_KEY, map_leaves
 from sparse_lm.layers.tree_paths import prune
+from sparse_lm.memory.host_array import HostArray
 from sparse_lm.parallel.rules import spec_of
 from sparse_lm.train import checkpoint_files
 from sparse_lm.train.state import TrainState, is_empty, unrolled
@@ -57,6 +58,11 @@ class Checkpoints(Config):
         self.require(self.keep_last >= 1, "keep_last", "at least 1")
         self.require(self.keep_every is None or self.keep_every >= 1, "keep_every", "None or at least 1")
         self.require(self.keep_best >= 0, "keep_best", "0 or above")
+
+
+HOST_PARTS = ("rows", "slots")
+"""Parts of the tables that may be in host memory."""
+HOST_PATHS = tuple(f"tables.{part}." for part in HOST_PARTS)
 
 
 class CheckpointError(RuntimeError):
@@ -96,6 +102,7 @@ class Checkpointer:
       like: abstract state in the layout in memory.
       dims: logical dims of every leaf, in the same layout.
       mesh: where restored arrays go.
+      on_host: whether rows and slots of tables are in host memory.
       population: whether every leaf has a leading members dimension.
     """
 
@@ -108,6 +115,7 @@ class Checkpointer:
         mesh: Mesh,
         *,
         population: bool,
+        on_host: bool = False,
     ):
         policies: list[Any] = [checkpoint_managers.LatestN(config.keep_last)]
         if config.keep_every:
@@ -129,21 +137,29 @@ class Checkpointer:
             multiprocessing_options=everybody,
         )
         self._directory, self._like, self._mesh = directory, like, mesh
-        self._axis = 1 if population else 0
+        self._axis, self._on_host = 1 if population else 0, on_host
         self._dims = without_layers({field.name: getattr(dims, field.name) for field in dataclasses.fields(dims)})
         self._abstract = self._abstract_on_disk()
         handlers = _handlers(everybody, self._abstract)
         self._manager = ocp.CheckpointManager(_absolute(directory), options=options, item_handlers=handlers)
         self._copy = jax.jit(
             lambda state: jax.tree.map(jnp.copy, unrolled(state, self._axis)),
-            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self._abstract),
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self._devices_part(self._abstract)),
         )
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, concurrent.futures.Future] | None = None
 
+    def _on_devices(self, state: TrainState) -> TrainState:
+        if not self._on_host:
+            return state
+        return dataclasses.replace(state, tables={"address": state.tables["address"]})
+
+    def _devices_part(self, tree: dict[str, Any]) -> dict[str, Any]:
+        return {**tree, "tables": {"address": tree["tables"]["address"]}} if self._on_host else tree
+
     def prepare(self, state: TrainState) -> None:
         """Compiles the copy of a state that a save begins with, so that the first save does not hold up the steps for it."""
-        self._copy = self._copy.lower(state).compile()
+        self._copy = self._copy.lower(self._on_devices(state)).compile()
 
     def steps(self) -> list[int]:
         """Returns all finished steps, oldest first."""
@@ -188,7 +204,10 @@ class Checkpointer:
         self.wait()
         if step in self._manager.all_steps():
             return
-        copies = [self._copy(state)]
+        copies = [self._copy(self._on_devices(state))]
+        if self._on_host:
+            held = {name: state.tables[name] for name in HOST_PARTS}
+            copies[0]["tables"].update(map_leaves(lambda _, leaf: leaf.values.copy(), held))
 
         def write() -> None:
             items = ocp.args.Composite(
@@ -206,7 +225,9 @@ class Checkpointer:
     def _abstract_on_disk(self) -> dict[str, Any]:
         shapes = jax.eval_shape(lambda state: unrolled(state, self._axis), self._like)
 
-        def leaf(_: str, dims: tuple[str, ...], shape: Any) -> jax.ShapeDtypeStruct:
+        def leaf(path: str, dims: tuple[str, ...], shape: Any) -> jax.ShapeDtypeStruct:
+            if self._on_host and path.startswith(HOST_PATHS):
+                return jax.ShapeDtypeStruct(shape.shape, shape.dtype)
             return jax.ShapeDtypeStruct(
                 shape.shape, shape.dtype, sharding=NamedSharding(self._mesh, spec_of(dims, shape.shape, self._mesh))
             )
@@ -225,8 +246,7 @@ class Checkpointer:
             raise CheckpointError(
                 f"checkpoint {step} in {self._directory} does not fit this recipe:\n" + "\n".join(problems)
             )
-        arguments = ocp.checkpoint_utils.construct_restore_args(self._abstract)
-        state = ocp.args.PyTreeRestore(self._abstract, restore_args=arguments)
+        state = ocp.args.PyTreeRestore(self._abstract, restore_args=_restore_arguments(self._abstract))
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=state, data=ocp.args.JsonRestore()))
         except Exception as error:
@@ -249,14 +269,14 @@ def _rolled(tree: dict[str, Any], like: TrainState, shardings: TrainState, axis:
 
     def walk(tree: Any, like: Any, shardings: Any) -> Any:
         if not isinstance(like, dict):
-            return jax.device_put(tree, shardings)
+            return HostArray(tree) if shardings is None else jax.device_put(tree, shardings)
         if is_empty(like):
             return like
         out: dict[str, Any] = {}
         for key in like:
             match = RUN_KEY.match(key)
             if match is None:
-                out[key] = walk(tree.pop(key), like[key], shardings[key])
+                out[key] = walk(tree.pop(key), like[key], None if shardings is None else shardings.get(key))
             else:
                 members = [tree.pop(str(n)) for n in range(int(match[1]), int(match[2]) + 1)]
                 out[key] = stack_leaves(members, shardings[key])
@@ -332,6 +352,15 @@ def _handlers(processes: orbax_options.MultiprocessingOptions, state: Any) -> di
     }
 
 
+def _restore_arguments(abstract: Any) -> Any:
+    """Returns how each leaf is read: without a sharding, into host memory."""
+    return jax.tree.map(
+        lambda leaf, on_device: ocp.RestoreArgs(restore_type=np.ndarray) if leaf.sharding is None else on_device,
+        abstract,
+        ocp.checkpoint_utils.construct_restore_args(abstract),
+    )
+
+
 def _local_bytes(leaf: Any) -> int:
     """Bytes of an abstract array on the devices of this process."""
     shard = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
@@ -362,13 +391,16 @@ def saved_recipe(directory: epath.Path, step: int) -> dict[str, Any]:
         return manager.restore(step, args=ocp.args.Composite(recipe=ocp.args.JsonRestore()))["recipe"]
 
 
-def read_checkpoint(directory: epath.PathLike, step: int | None = None, *, without: tuple[str, ...] = ()) -> Source:
+def read_checkpoint(
+    directory: epath.PathLike, step: int | None = None, *, without: tuple[str, ...] = (), on_host: bool = False
+) -> Source:
     """Reads a checkpoint without knowing its model, onto one device of this process.
 
     Args:
       directory: RUN/checkpoints.
       step: which; None: the newest that is not damaged.
       without: what is left on disk, by the beginning of its path, such as "opt_state" or "tables.slots".
+      on_host: whether rows and slots of tables are read into host memory, as numpy arrays.
 
     Raises:
       CheckpointError: when there is no such checkpoint, or it is damaged.
@@ -389,11 +421,14 @@ def read_checkpoint(directory: epath.PathLike, step: int | None = None, *, witho
     with _reader(directory, {}) as manager:
         left = tuple(f"{path}." for path in without)
         found = prune(_tree(manager, step), lambda path: not f"{path}.".startswith(left))
-    abstract = map_leaves(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), found)
+
+    def place(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        where = None if on_host and path.startswith(HOST_PATHS) else device
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    abstract = map_leaves(place, found)
     with _reader(directory, abstract) as manager:
-        state = ocp.args.PyTreeRestore(
-            abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
-        )
+        state = ocp.args.PyTreeRestore(abstract, restore_args=_restore_arguments(abstract), partial_restore=True)
         items = ocp.args.Composite(state=state, data=ocp.args.JsonRestore(), recipe=ocp.args.JsonRestore())
         restored = manager.restore(step, args=items)
     return Source(step, restored["state"], restored["data"], restored["recipe"])

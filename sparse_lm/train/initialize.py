@@ -17,6 +17,7 @@ import numpy as np
 
 from sparse_lm.config import Config
 from sparse_lm.layers.parameter import RUN_KEY, map_leaves
+from sparse_lm.memory.host_array import HostArray
 from sparse_lm.model.definition import Definition
 from sparse_lm.train.checkpoint import CheckpointError, mismatches
 from sparse_lm.train.state import TrainState, is_empty, rolled, unrolled
@@ -248,7 +249,13 @@ def initialize(fresh: TrainState, source: Tree, transforms: Sequence[Transform],
     merged = {**target, **unflatten(flat)}
     if fresh.ema and "ema" not in loaded:
         merged["ema"] = merged["params"]
-    return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), rolled(merged, fresh), fresh)
+
+    def like(new: Any, old: Any) -> Any:
+        if isinstance(old, HostArray):
+            return HostArray(np.asarray(new, old.dtype))
+        return jnp.asarray(new, old.dtype)
+
+    return jax.tree.map(like, rolled(merged, fresh), fresh)
 
 
 def is_partial(config: StartFrom) -> bool:

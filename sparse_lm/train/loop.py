@@ -5,6 +5,7 @@ The numbers of step n are read while step n + 1 runs, so the device never waits 
 
 import collections
 import contextlib
+import dataclasses
 import json
 import math
 import pathlib
@@ -27,6 +28,7 @@ from sparse_lm.data import storage
 from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.pipeline import prepare, stream_identity, train_stream
 from sparse_lm.memory.diagnostics import memory_row
+from sparse_lm.memory.host_tables import DeviceTables, Tables, Wanted
 from sparse_lm.model.cudnn_attention import documents_bucket
 from sparse_lm.parallel.distributed import RESUMABLE, Cluster
 from sparse_lm.recipe import SCHEMA, Recipe, differences, recipe_from_json, save_recipe
@@ -45,7 +47,11 @@ from sparse_lm.train.validation import EvalStep, build_eval_step, validation_row
 from sparse_lm.weight_sparsity.pictures import MaskPictures
 from sparse_lm.weight_sparsity.telemetry import absent, sparsity_row
 
-FREE_FIELDS = ("log.", "checkpoint.", "validation.", "mesh.", "distributed.", "name:", "data.directory", "data.workers")
+PLACEMENT = "model.memory.placement"
+FREE_FIELDS = (
+    *("log.", "checkpoint.", "validation.", "mesh.", "distributed.", "name:", "data.directory", "data.workers"),
+    *(f"{PLACEMENT}: OnDevice -> OnHost", f"{PLACEMENT}: OnHost -> OnDevice", f"{PLACEMENT}.room"),
+)
 """Fields in which a resumed run may differ from the run it continues: they change no number that is trained on (a mesh
 changes the order of sums, so going on elsewhere is equal to rounding, not to the bit)."""
 
@@ -55,23 +61,35 @@ class TrainingDiverged(RuntimeError):
 
 
 class Prefetch:
-    """Takes batches from a stream in a thread and places them on the devices, two ahead; states stay with their batches."""
+    """Takes batches from a stream in a thread and places them on the devices, two ahead; states stay with their batches.
 
-    def __init__(self, stream: Iterator[tuple[Any, dict[str, Any]]], put: Callable[[Any], Any]):
+    Args:
+      stream: yields (batch, data state after it).
+      put: places a batch on the devices.
+      find: says which rows of tables it reads.
+    """
+
+    def __init__(
+        self,
+        stream: Iterator[tuple[Any, dict[str, Any]]],
+        put: Callable[[Any], Any],
+        find: Callable[[Any], Wanted],
+    ):
         self._queue: queue.Queue = queue.Queue(2)
         self._stop = threading.Event()
-        self._stream, self._put = stream, put
+        self._stream, self._put, self._find = stream, put, find
         self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
         self._thread.start()
 
     def _fill(self) -> None:
         try:
             for batch, state in self._stream:
-                self._offer((self._put(batch), int(batch["segments_BL"].max()), state, None))
+                found = self._find(batch)
+                self._offer((self._put(batch), found, int(batch["segments_BL"].max()), state, None))
                 if self._stop.is_set():
                     return
         except Exception as error:  # handed to the loop, which raises it
-            self._offer((None, 0, None, error))
+            self._offer((None, None, 0, None, error))
 
     def _offer(self, item: Any) -> None:
         while not self._stop.is_set():
@@ -80,12 +98,12 @@ class Prefetch:
             except queue.Full:
                 continue
 
-    def next(self) -> tuple[Any, int, dict[str, Any]]:
-        """Returns (batch on the devices, most documents in one of its rows, the data state after it)."""
-        batch, documents, state, error = self._queue.get()
+    def next(self) -> tuple[Any, Wanted, int, dict[str, Any]]:
+        """Returns (batch on the devices, the rows that it reads, most documents in one of its rows, the data state after it)."""
+        batch, wanted, documents, state, error = self._queue.get()
         if error is not None:
             raise error
-        return batch, documents, state
+        return batch, wanted, documents, state
 
     def close(self) -> None:
         """Ends the thread."""
@@ -238,6 +256,7 @@ def restored_or_new(
             session.dims,
             session.mesh,
             population=session.recipe.population.active,
+            on_host=session.recipe.model.memory.placement.on_host,
         )
         if latest is None:
             return None, *starting_point(session), checkpointer
@@ -300,6 +319,7 @@ class Run:
         self.unread: tuple[int, dict[str, Any], Any] | None = None
         self.stop = False
         self.documents: collections.deque[int] = collections.deque()
+        self.tables: Tables = DeviceTables()
         self.tokens_before = 0
         self.watch = RouterWatch()
         self.churn: dict[str, Any] = {}
@@ -326,12 +346,15 @@ class Run:
             rows=session.rows,
             state=data_state,
         )
-        prefetch = Prefetch(stream, session.put)
+        self.tables = session.tables(state)
+        prefetch = Prefetch(stream, session.put, self.tables.find)
         total = recipe.train.steps
         # The vote that rides behind a step carries the documents of the batch two steps later, so two batches are known ahead.
         ahead = collections.deque([prefetch.next(), prefetch.next()] if first < total else [])
+        for _, wanted, _, _ in ahead:
+            self.tables.prefetch(wanted)
         if ahead:
-            most = max(documents for _, documents, _ in ahead)
+            most = max(documents for _, _, documents, _ in ahead)
             vote = self.ballot.read(self.ballot.cast(False, most, np.zeros(())))
             self.documents.extend([vote.documents] * 2)
         try:
@@ -340,12 +363,15 @@ class Run:
                 self.cluster.progress(f"waiting for the batch of step {step + 1}")
                 with meter.waiting():
                     ahead.append(prefetch.next())
-                batch, _, data_state = ahead.popleft()
-                state, metrics = programs(self.documents.popleft(), session.sparsifier.apart(step))(state, batch)
+                    self.tables.prefetch(ahead[-1][1])
+                batch, wanted, _, data_state = ahead.popleft()
+                program = programs(self.documents.popleft(), session.sparsifier.apart(step), wanted.full)
+                state, metrics = program(dataclasses.replace(state, tables=self.tables.lend(state.tables)), batch)
+                state = dataclasses.replace(state, tables=self.tables.give_back(state.tables))
                 self.cluster.progress(f"step {step + 1}")
                 self._report(meter)
                 done = step + 1
-                vote = self.ballot.cast(self.termination.requested, ahead[1][1], metrics["pulse"])
+                vote = self.ballot.cast(self.termination.requested, ahead[1][2], metrics["pulse"])
                 self.unread = (done, metrics, vote)
                 self.checkpointer.poll()
                 if self._due(recipe.validation.every, done) and done < total:
@@ -357,6 +383,7 @@ class Run:
                 due = self._due(recipe.checkpoint.every, done) or done == total
                 if due and self.probe is not None:
                     with meter.paused():
+                        self.tables.settle()
                         self.churn = self.probe(done, self._weights(state), state.inference_state())
                 if due:
                     self.pictures(done, state.sparsity)
@@ -377,6 +404,7 @@ class Run:
             return True
         finally:
             prefetch.close()
+            self.tables.close()
             if self.profiling:
                 jax.profiler.stop_trace()
 
@@ -421,20 +449,23 @@ class Run:
             ]
         )
 
-    def _programs(self) -> tuple[Callable[[int, bool], Any], float]:
-        """Returns (the compiled step by a batch's most documents in a row and `Sparsifier.apart`, seconds of the first compile)."""
+    def _programs(self) -> tuple[Callable[[int, bool, bool], Any], float]:
+        """Returns (the compiled step, seconds of the first compile).
+
+        It is chosen by a batch's most documents in a row, `Sparsifier.apart`, and whether its rows outgrow the tables' room.
+        """
         first = self.recipe.model.attention.max_documents
         compiled, seconds = self.session.compile_step(first)
-        programs = {(first, False): compiled}
+        programs = {(first, False, False): compiled}
 
-        def program(documents: int, changes: bool) -> Any:
+        def program(documents: int, changes: bool, full: bool) -> Any:
             most = documents_bucket(first, documents)
-            if (most, changes) not in programs:
-                arguments = {"changes": True} if changes else {}
-                programs[most, changes], seconds = self.session.compile_step(most, **arguments)
-                what = " that changes the topology" if changes else ""
+            if (most, changes, full) not in programs:
+                arguments = {name: True for name, asked in (("changes", changes), ("full", full)) if asked}
+                programs[most, changes, full], seconds = self.session.compile_step(most, **arguments)
+                what = " that changes the topology" * changes + " for all rows of a batch" * full
                 self.progress.event(f"compiled a step{what} for up to {most} documents in a row in {seconds:.1f} s")
-            return programs[most, changes]
+            return programs[most, changes, full]
 
         return program, seconds
 
@@ -476,7 +507,7 @@ class Run:
             flops = account(self.recipe.model, self.recipe.data.sequence_length, measured=measured).train_flops
             row["flops_per_token"] = flops
             meter.flops_per_token = flops * (self.session.members or 1)
-        row.update(memory_row(jax.device_get(metrics["memory"])))
+        row.update(memory_row(jax.device_get(metrics["memory"])) | self.tables.read())
         row.update(self._sparsity(jax.device_get(metrics["sparsity"]), measured))
         if (statistics := machine.memory_statistics()) is not None:
             row["memory_peak_bytes"] = statistics["peak_bytes"]
@@ -519,6 +550,7 @@ class Run:
 
     def _validate(self, state: TrainState, done: int, meter: Meter) -> None:
         self.cluster.progress(f"validating after step {done}")
+        self.tables.settle()
         params, recipe = self._weights(state, averaged=True), self.recipe
         numbers = validation_row(
             self.eval_step, params, state.inference_state(), self.dataset, recipe.data, recipe.validation
@@ -537,5 +569,6 @@ class Run:
     def _save(self, state: TrainState, data_state: dict[str, Any] | None, done: int) -> None:
         assert data_state is not None, "a step was taken, so a batch was consumed"
         self.cluster.progress(f"saving step {done}")
+        self.tables.settle()
         recipe = {"schema": SCHEMA, "recipe": to_dict(self.recipe)}
         self.checkpointer.save(done, state, data_state, recipe, self.validation_loss)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from sparse_lm.memory.memory import NoMemory
 from sparse_lm.memory.ngram import NgramMemory
 from sparse_lm.recipe import Recipe
 from sparse_lm.train import machine
-from sparse_lm.train.benchmark import packed_batch
+from sparse_lm.train.benchmark import RepeatedStep, packed_batch
 from sparse_lm.train.session import open_session
 
 
@@ -25,7 +26,9 @@ def time_steps(recipe: Recipe, *, repeats: int) -> dict[str, float]:
     """Times the bare step: the smallest and the median of `repeats` steps, each waited for.
 
     Returns:
-      {"min_ms", "median_ms", "cpu_ms" (processor time of a step over all threads), "table_gb", "compile_s", "peak_gb"}.
+      {"min_ms", "median_ms", "cpu_ms" (processor time of a step over all threads), "table_gb", "compile_s", "peak_gb"}; with tables in
+      host memory also "find_ms" (addresses and distinct rows of a batch; a run does it in the thread of the data) and means of what
+      `Tables.read` reports.
     """
     session = open_session(recipe)
     data = recipe.data
@@ -35,25 +38,32 @@ def time_steps(recipe: Recipe, *, repeats: int) -> dict[str, float]:
     chance = 1.0 / np.arange(1, recipe.model.vocab_size + 1)
     tokens = draw.choice(recipe.model.vocab_size, size=fixed["tokens_BL"].shape, p=chance / chance.sum())
     fixed["tokens_BL"] = tokens.astype(np.int32)
-    compiled, compile_s = session.compile_step(int(fixed["segments_BL"].max()))
-    state, batch = session.create(), session.put(fixed)
-    table = sum(leaf.nbytes for leaf in jax.tree.leaves(state.tables))
+    step = RepeatedStep(session, fixed)
+    leaves = jax.tree.leaves(session.abstract.tables)
+    start = time.perf_counter()
+    step.tables.find(fixed)
+    find_ms = 1e3 * (time.perf_counter() - start)
     wall, cpu = [], []
     for i in range(repeats + 2):
         start, start_cpu = time.perf_counter(), time.process_time()
-        state, metrics = compiled(state, batch)
-        jax.block_until_ready(state)
+        step()
+        jax.block_until_ready(step.state)
         if i >= 2:
             wall.append(time.perf_counter() - start)
             cpu.append(time.process_time() - start_cpu)
+        else:
+            step.tables.read()
+    moved = step.tables.read()
+    step.tables.close()
     memory = machine.memory_statistics()
     return {
         "min_ms": 1e3 * min(wall),
         "median_ms": 1e3 * float(np.median(wall)),
         "cpu_ms": 1e3 * float(np.median(cpu)),
-        "table_gb": table / 1e9,
-        "compile_s": compile_s,
+        "table_gb": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) / 1e9,
+        "compile_s": step.compile_s,
         "peak_gb": memory["peak_bytes"] / 1e9 if memory else float("nan"),
+        **({"find_ms": find_ms, **moved} if moved else {}),
     }
 
 

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.memory.compression import Tokens
+from sparse_lm.memory.host_tables import Tables, tables_of, working_set
 from sparse_lm.memory.table import hash_differences
 from sparse_lm.model.definition import Definition, define, for_documents, with_classes
 from sparse_lm.parallel import rules
@@ -25,7 +26,7 @@ from sparse_lm.routing.experts import MoEFeedForward
 from sparse_lm.train.checkpoint import CheckpointError, read_checkpoint
 from sparse_lm.train.initialize import initialize, is_partial, transforms_of
 from sparse_lm.train.population import MEMBERS, member_arrays, over_members
-from sparse_lm.train.state import MASKS, TrainState, dims_of, fresh_state, initial_state, member_keys
+from sparse_lm.train.state import MASKS, TABLES, TrainState, dims_of, fresh_state, initial_state, member_keys
 from sparse_lm.train.step import build_step
 from sparse_lm.train.validation import MODEL_ARRAYS
 from sparse_lm.weight_sparsity.block_sparse import check_mesh
@@ -42,7 +43,7 @@ class Session:
       mesh: the devices.
       abstract: shapes of the state; a population's leaves have a leading members dimension.
       dims: logical dims of every leaf of the state.
-      shardings: sharding of every leaf.
+      shardings: sharding of every leaf that is on devices: rows and slots in host memory have none.
       multipliers: learning-rate multiplier, or one per member.
       sparsifier: what makes weights sparse.
       create: makes the initial state of every member, sharded.
@@ -84,14 +85,32 @@ class Session:
 
         return {name: place(batch[name]) for name in MODEL_ARRAYS}
 
-    def trace_step(self, documents: int = 1, changes: bool = False) -> Any:
+    def tables(self, state: TrainState) -> Tables:
+        """Returns what stands between the steps of a run and the tables of its state."""
+        memory, whole = self.definition.config.memory, rules.replicated(self.mesh)
+        return tables_of(memory, self.definition.hashes(), state.tables, whole)
+
+    def place(self, state: TrainState) -> TrainState:
+        """Puts a state where the shardings say; what is in host memory stays there."""
+        held = {name: part for name, part in state.tables.items() if name in self.shardings.tables}
+        placed = rules.place(dataclasses.replace(state, tables=held), self.shardings)
+        return dataclasses.replace(placed, tables={**state.tables, **placed.tables})
+
+    def trace_step(self, documents: int = 1, changes: bool = False, full: bool = False) -> Any:
         """Traces the step for batches with up to `documents` documents in a row; returns JAX's traced program.
 
         Args:
           documents: most documents in a row.
           changes: whether it is the program for the steps that `Sparsifier.apart` names.
+          full: whether it is the program for batches whose distinct rows outgrow the room of tables in host memory.
         """
         recipe, definition = self.recipe, for_documents(self.definition, documents)
+        memory, abstract, shardings = definition.config.memory, self.abstract, self.shardings
+        if memory.placement.on_host:
+            tables = working_set(memory, abstract.tables, recipe.data.batch_size, recipe.data.sequence_length, full)
+            whole = jax.tree.map(lambda _: rules.replicated(self.mesh), tables)
+            abstract = dataclasses.replace(abstract, tables=tables)
+            shardings = dataclasses.replace(shardings, tables=whole)
         members = MEMBERS if recipe.population.active else None
         step = build_step(definition, recipe.optimizer, recipe.train, self.sparsifier, members, changes)
         step = over_members(step, recipe.population, (0, None, 0))
@@ -102,25 +121,25 @@ class Session:
         }
         state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            self.abstract,
-            self.shardings,
+            abstract,
+            shardings,
         )
         multipliers = self.multipliers
 
         def placed(state: TrainState, batch: dict[str, jax.Array]) -> Any:
             return step(state, batch, multipliers)
 
-        jitted = jax.jit(placed, donate_argnums=0, out_shardings=(self.shardings, rules.replicated(self.mesh)))
+        jitted = jax.jit(placed, donate_argnums=0, out_shardings=(shardings, rules.replicated(self.mesh)))
         return jitted.trace(state, batch)
 
-    def compile_step(self, documents: int = 1, changes: bool = False) -> tuple[Any, float]:
+    def compile_step(self, documents: int = 1, changes: bool = False, full: bool = False) -> tuple[Any, float]:
         """Compiles the step ahead of time; arguments as for `trace_step`.
 
         Returns:
           (step(state, batch) -> (state, metrics), seconds).
         """
         start = time.perf_counter()
-        compiled = self.trace_step(documents, changes).lower().compile()
+        compiled = self.trace_step(documents, changes, full).lower().compile()
         return compiled, time.perf_counter() - start
 
 
@@ -136,6 +155,14 @@ def check_division(recipe: Recipe, mesh: Mesh | AbstractMesh) -> None:
     if recipe.data.sequence_length % mesh.shape["context"]:
         allowed = f"a multiple of the mesh's context ({mesh.shape['context']})"
         raise ConfigError("data.sequence_length", recipe.data.sequence_length, allowed)
+
+
+def check_placement(recipe: Recipe, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError if tables in host memory would have to be read by several devices."""
+    placement = recipe.model.memory.placement
+    if placement.on_host and mesh.size > 1:
+        allowed = f"OnDevice on a mesh of several devices ({mesh.size}): rows in host memory travel to one"
+        raise ConfigError("model.memory.placement", type(placement).__name__, allowed)
 
 
 def open_session(
@@ -158,6 +185,7 @@ def open_session(
     """
     mesh = recipe.mesh.build(devices) if mesh is None else mesh
     check_division(recipe, mesh)
+    check_placement(recipe, mesh)
     attention = recipe.model.attention
     if recipe.population.active:
         attention = dataclasses.replace(attention, backend="plain")
@@ -204,16 +232,24 @@ def open_session(
             for field in dataclasses.fields(dims)
         }
     )
+    on_host = recipe.model.memory.placement.on_host
+    if on_host:
+        shardings = dataclasses.replace(shardings, tables={"address": shardings.tables["address"]})
 
     def create_sharded() -> TrainState:
         init_keys, run_keys = over_members(member_keys, population, (0,))(seeds)
         params = definition.initial_params(init_keys, shardings.params)
 
         def around(params: Any, run_key: jax.Array) -> TrainState:
-            return fresh_state(definition, transformation, params, run_key, with_ema=with_ema, sparsifier=sparsifier)
+            made = fresh_state(definition, transformation, params, run_key, with_ema=with_ema, sparsifier=sparsifier)
+            return dataclasses.replace(made, tables={name: made.tables[name] for name in shardings.tables})
 
         made = jax.jit(over_members(around, population, (0, 0)), out_shardings=shardings, donate_argnums=0)
-        return made(params, run_keys)
+        state = made(params, run_keys)
+        if on_host:
+            rows = definition.host_rows(jax.random.fold_in(run_keys, TABLES))
+            state = dataclasses.replace(state, tables={**state.tables, **rows})
+        return state
 
     return Session(recipe, definition, mesh, abstract, dims, shardings, multipliers, sparsifier, create_sharded)
 
@@ -241,8 +277,9 @@ def starting_point(session: Session) -> tuple[TrainState, dict[str, Any] | None]
     state, start = session.create(), session.recipe.start_from
     if start.run is None:
         return state, None
-    source = read_checkpoint(checkpoints_of_run(start.run), start.step)
     model = session.recipe.model
+    on_host = model.memory.placement.on_host
+    source = read_checkpoint(checkpoints_of_run(start.run), start.step, on_host=on_host)
     experts = {
         layer: forward.experts
         for layer in range(model.layers)
@@ -263,7 +300,8 @@ def starting_point(session: Session) -> tuple[TrainState, dict[str, Any] | None]
         state = over_members(functools.partial(sparse_anew, session.sparsifier), session.recipe.population, (0,))(state)
     if start.rewind is not None:
         if start.rewind >= 0:
-            early = loaded(state, read_checkpoint(checkpoints_of_run(start.run), start.rewind).state).params
+            past = read_checkpoint(checkpoints_of_run(start.run), start.rewind, on_host=on_host)
+            early = loaded(state, past.state).params
         else:
             keys, _ = over_members(member_keys, session.recipe.population, (0,))(
                 member_arrays(session.recipe.population, session.recipe.seed)[0]
@@ -271,5 +309,5 @@ def starting_point(session: Session) -> tuple[TrainState, dict[str, Any] | None]
             early = session.definition.initial_params(keys, session.shardings.params)
         params = session.sparsifier.only_existing(early, state.sparsity)
         state = dataclasses.replace(state, params=params, ema=params if state.ema else state.ema)
-    state = rules.place(state, session.shardings)
+    state = session.place(state)
     return state, source.data_state if start.keep == "everything" else None

@@ -1,0 +1,57 @@
+"""Arrays in host memory as part of a state: JAX's transformations carry them along whole and never copy them to a device.
+
+Legend: B batch, L length, H heads, R rows, D row width, X = H * D.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+
+@jax.tree_util.register_static
+class HostArray:
+    """A numpy array that is a node without leaves of a tree: `jax.tree.map` passes it over, a compiled program is compiled for it.
+
+    Equal only to itself: its numbers may change between two calls of a program, which then reads the new ones.
+
+    Args:
+      values: [R, ...]; copied if it cannot be written to.
+    """
+
+    def __init__(self, values: np.ndarray):
+        self.values = values if values.flags.writeable else values.copy()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return self.values.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the array."""
+        return self.values.dtype
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.values, dtype, copy=copy)
+
+    def copy(self) -> "HostArray":
+        """Returns a copy."""
+        return HostArray(self.values.copy())
+
+    def zeros(self) -> "HostArray":
+        """Returns zeros of the same shape and dtype; they take no memory until they are written to."""
+        return HostArray(np.zeros(self.shape, self.dtype))
+
+    def look_up(self, address_BLH: jax.Array) -> jax.Array:
+        """Returns what `table.look_up` does, fetched while the program runs; for evaluation and generation, it has no gradient."""
+        batch, length, heads = address_BLH.shape
+        shape = jax.ShapeDtypeStruct((batch, length, heads * self.shape[1]), self.dtype)
+        return jax.pure_callback(self._rows, shape, address_BLH)
+
+    def _rows(self, address_BLH: Any) -> np.ndarray:
+        address_A = np.asarray(address_BLH).reshape(-1)
+        found_AD = np.take(self.values, address_A, axis=0, mode="clip")
+        found_AD[address_A >= self.shape[0]] = 0
+        return found_AD.reshape(*address_BLH.shape[:2], -1)

@@ -1,0 +1,130 @@
+"""Runs with tables in host memory: bitwise the runs with tables on a device, which they continue and are continued by."""
+
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from sparse_lm.config import ConfigError
+from sparse_lm.evaluate.generate import Generator, Sampling
+from sparse_lm.evaluate.load import open_run
+from sparse_lm.evaluate.memory import occupancy, training_batches, without_memory
+from sparse_lm.memory.engram import Engram
+from sparse_lm.memory.host_array import HostArray
+from sparse_lm.memory.placement import OnDevice, OnHost
+from sparse_lm.plan import make_plan
+from sparse_lm.recipe import Recipe
+from sparse_lm.train.checkpoint import read_checkpoint
+from sparse_lm.train.loop import train
+from sparse_lm.train.metrics import read_rows
+from sparse_lm.train.session import open_session, starting_point
+from sparse_lm.train.validation import MODEL_ARRAYS, build_eval_step
+
+PLACES = {"device": OnDevice(), "host": OnHost(room=0.6)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("runs")
+    tiny.corpus(folder / "text")
+    return folder
+
+
+def recipe(folder: pathlib.Path, place: str, **changes: Any) -> Recipe:
+    memory = Engram(at=(0,), heads=2, width=8, rows=500, deviation=0.5, placement=PLACES[place])
+    kept = {"model__layers": 1, "model__memory": memory, "checkpoint__keep_last": 9, "train__microbatches": 2}
+    return tiny.recipe(folder, **kept, **changes)
+
+
+@pytest.fixture(scope="module")
+def runs(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    for place in PLACES:
+        assert train(recipe(folder, place), folder / place) == 0
+    return {place: folder / place for place in PLACES}
+
+
+def saved(run: pathlib.Path, step: int) -> dict[str, Any]:
+    return read_checkpoint(run / "checkpoints", step).state
+
+
+def test_host_and_device_runs_are_bitwise_equal(runs: dict[str, pathlib.Path]) -> None:
+    for step in (4, 8):
+        device, host = (saved(run, step) for run in runs.values())
+        assert {"address", "rows", "slots"} == set(host["tables"])
+        tiny.assert_same(host, device)
+    for kind, names in (("train", ("loss", "grad_norm")), ("validation", ("loss", "bits_per_byte"))):
+        device, host = (read_rows(run / "metrics.jsonl", kind) for run in runs.values())
+        assert [[row[name] for name in names] for row in device] == [[row[name] for name in names] for row in host]
+    waits = [row["memory/fetch_wait_ms"] for row in read_rows(runs["host"] / "metrics.jsonl", "train")]
+    assert len(waits) == 8 and min(waits) >= 0
+    assert "memory/fetch_wait_ms" not in read_rows(runs["device"] / "metrics.jsonl", "train")[0]
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("device", "host"), ("host", "device"), pytest.param("host", "host", marks=pytest.mark.slow)],
+)
+def test_a_run_goes_on_bitwise_in_either_place(
+    runs: dict[str, pathlib.Path], folder: pathlib.Path, first: str, then: str
+) -> None:
+    other = folder / f"{first} {then}"
+    shutil.copytree(runs[first], other)
+    shutil.rmtree(other / "checkpoints" / "8")
+    assert train(recipe(folder, then), other) == 0
+    tiny.assert_same(saved(other, 8), saved(runs["device"], 8))
+
+
+@pytest.mark.slow
+def test_a_host_run_generates(runs: dict[str, pathlib.Path]) -> None:
+    prompts = [np.arange(5, dtype=np.int32), np.array([7, 9], np.int32)]
+    texts = []
+    for run in map(open_run, runs.values()):
+        generator = Generator(run.definition, run.params, run.model_state, 263)
+        texts.append(np.concatenate(generator.generate(prompts, 6, Sampling(temperature=1.0), seed=1)))
+    np.testing.assert_array_equal(*texts)
+
+
+def test_a_host_run_is_evaluated(runs: dict[str, pathlib.Path]) -> None:
+    device, host = (open_run(run) for run in runs.values())
+    assert isinstance(host.model_state["tables"]["rows"]["0"], HostArray)
+    batch = next(training_batches(device, 1))
+    arrays = {name: batch[name] for name in MODEL_ARRAYS}
+    losses, host_losses = (
+        np.asarray(build_eval_step(run.definition, run.population)(run.params, run.model_state, arrays))
+        for run in (device, host)
+    )
+    np.testing.assert_allclose(host_losses, losses, rtol=1e-6)
+    zeroed = without_memory(host)
+    assert not np.asarray(zeroed.model_state["tables"]["rows"]["0"]).any()
+    step = build_eval_step(host.definition, host.population)
+    assert (np.asarray(step(zeroed.params, zeroed.model_state, arrays)) != host_losses).any()
+    assert occupancy(host, [batch]) == occupancy(device, [batch])
+
+
+def test_rows_come_along_to_the_host_with_the_parameters(runs: dict[str, pathlib.Path], folder: pathlib.Path) -> None:
+    branch = recipe(folder, "host", start_from__run=str(runs["device"]))
+    encoder = open_run(runs["device"]).dataset.tokenizer
+    state, _ = starting_point(open_session(branch, encoder=encoder))
+    assert isinstance(state.tables["rows"]["0"], HostArray)
+    tiny.assert_same(state.tables["rows"], saved(runs["device"], 8)["tables"]["rows"])
+    assert not np.asarray(state.tables["slots"]["0"]["clock"]).any()
+
+
+def test_several_devices_are_refused(folder: pathlib.Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"model\.memory\.placement = 'OnHost' .* OnDevice on a mesh of several devices \(2\)"
+    ):
+        make_plan(recipe(folder, "host"), 2)
+
+
+def test_the_plan_says_where_bytes_live(folder: pathlib.Path) -> None:
+    """2 orders x 2 heads of 500 rows and more, rounded up to 2304; a row of 4 floats has two moments of 4 and a clock: 52 bytes."""
+    device, host = (make_plan(recipe(folder, place), 1) for place in PLACES)
+    rows = device.recipe.model.memory.tables()["0"].rows
+    assert (device.host_bytes, host.host_bytes) == (0, 52 * rows)
+    address = device.bytes["memory_rows"]["tables"] - 52 * rows
+    # 4 x 32 tokens have 4 addresses each, 0.6 of them make 308 rows of 52 bytes; three working sets are held at once.
+    assert host.bytes["memory_rows"]["tables"] == address + 3 * (52 * 308 + 4 * 512)
