@@ -18,7 +18,7 @@ from sparse_lm.accounting import Account, account
 from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.layers.tree_paths import flatten
-from sparse_lm.memory.host_tables import working_set
+from sparse_lm.memory.working_set import working_set
 from sparse_lm.model.definition import Definition
 from sparse_lm.model.loss import chunks_of
 from sparse_lm.parallel import rules

@@ -180,7 +180,7 @@ def fetch(
     """Looks up every table.
 
     Tables in host memory are looked up there while the program runs. A step of training gets their working set instead, in which
-    "places" stand for addresses (`host_tables.HostTables`).
+    "places" stand for addresses (`working_set.py`).
 
     Returns:
       ({table: rows [B, L, X]}, {table: addresses int32 [B, L, H]}).

@@ -28,7 +28,8 @@ from sparse_lm.data import storage
 from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.pipeline import prepare, stream_identity, train_stream
 from sparse_lm.memory.diagnostics import memory_row
-from sparse_lm.memory.host_tables import DeviceTables, Tables, Wanted
+from sparse_lm.memory.host_tables import DeviceTables, Tables
+from sparse_lm.memory.working_set import Wanted
 from sparse_lm.model.cudnn_attention import documents_bucket
 from sparse_lm.parallel.distributed import RESUMABLE, Cluster
 from sparse_lm.recipe import SCHEMA, Recipe, differences, recipe_from_json, save_recipe

@@ -17,8 +17,9 @@ from jax.sharding import AbstractMesh, Mesh
 from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.memory.compression import Tokens
-from sparse_lm.memory.host_tables import Tables, tables_of, working_set
+from sparse_lm.memory.host_tables import Tables, tables_of
 from sparse_lm.memory.table import hash_differences
+from sparse_lm.memory.working_set import working_set
 from sparse_lm.model.definition import Definition, define, for_documents, with_classes
 from sparse_lm.parallel import rules
 from sparse_lm.recipe import Recipe, checkpoints_of_run

@@ -13,12 +13,13 @@ import tiny
 
 from sparse_lm.memory.engram import Engram
 from sparse_lm.memory.host_array import HostArray
-from sparse_lm.memory.host_tables import HostTables, places_in, wanted_rows, working_set
+from sparse_lm.memory.host_tables import HostTables
 from sparse_lm.memory.memory import fetch, host_rows, initial_tables, update_tables
 from sparse_lm.memory.ngram import NgramMemory
 from sparse_lm.memory.placement import OnHost, StaleHost
 from sparse_lm.memory.row_optimizer import LazyAdam, RowAdagrad, RowOptimizer, RowSGD, TouchAdam
 from sparse_lm.memory.table import look_up
+from sparse_lm.memory.working_set import places_in, wanted_rows, working_set
 
 STEPS = 10
 BATCHES = [tiny.batch((10, 4), (9,), (16,), (3, 3, 3), vocabulary=8, seed=seed) for seed in range(STEPS)]

@@ -1,0 +1,130 @@
+"""The working set of a batch: its distinct rows and their slots as a small table, for tables that are in host memory.
+
+Rows are in ascending order and every address becomes a place among them, so lookup and update on a working set are those on the
+table itself, sums in the same order included. Its size is fixed, because programs are compiled for it (`placement.OnHost.size`).
+
+Legend: B batch, L length, H heads, A addresses, U distinct rows of a batch, C rows of its working set (U and padding), D row width.
+"""
+
+import concurrent.futures
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_lm.memory.hashing import Hash
+from sparse_lm.memory.memory import Memory
+from sparse_lm.memory.placement import OnHost
+
+Tree = dict[str, Any]
+
+
+class Wanted(NamedTuple):
+    """The rows that a batch reads.
+
+    Attributes:
+      unique: {table: int32 [U]}, distinct rows, ascending.
+      places: {table: int32 [B, L, H]}, where each address is among them; C is no row.
+      sizes: {table: C}.
+      full: whether the batch needs the full program.
+    """
+
+    unique: dict[str, np.ndarray]
+    places: dict[str, np.ndarray]
+    sizes: dict[str, int]
+    full: bool
+
+
+def working_set(memory: Memory, tables: Tree, batch: int, length: int, full: bool) -> Tree:
+    """Returns the abstract working set of a batch [B, L].
+
+    Args:
+      memory: the component, with its tables on the host.
+      tables: abstract tables.
+      batch: B.
+      length: L.
+      full: with as many rows as addresses (but for those that a table has not).
+    """
+    placement = memory.placement
+    assert isinstance(placement, OnHost)
+    specs = memory.tables()
+    size = {n: placement.size(spec, batch * length * len(spec.primes), full) for n, spec in specs.items()}
+
+    def smaller(tree: Any, name: str) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size[name], *leaf.shape[1:]), leaf.dtype), tree)
+
+    places = {n: jax.ShapeDtypeStruct((batch, length, len(spec.primes)), jnp.int32) for n, spec in specs.items()}
+    held = {part: {n: smaller(tree, n) for n, tree in tables[part].items()} for part in ("rows", "slots")}
+    return {"places": places, **held}
+
+
+def wanted_rows(
+    memory: Memory,
+    hashes: dict[str, Hash],
+    batch: dict[str, np.ndarray],
+    threads: concurrent.futures.ThreadPoolExecutor | None = None,
+) -> Wanted:
+    """Returns the rows that a batch reads, from its arrays "tokens_BL", "segments_BL" and "positions_BL" in numpy."""
+    placement = memory.placement
+    assert isinstance(placement, OnHost)
+    arrays = batch["tokens_BL"], batch["segments_BL"], batch["positions_BL"]
+    specs, address = memory.tables(), memory.addresses_on_host(hashes, *arrays, threads=threads)
+    found = {name: distinct(address[name], spec.rows, threads) for name, spec in specs.items()}
+    full = any(len(found[n][0]) > placement.size(spec, address[n].size, False) for n, spec in specs.items())
+    sizes = {n: placement.size(spec, address[n].size, full) for n, spec in specs.items()}
+    for name, (_, places) in found.items():
+        np.copyto(places, sizes[name], where=places < 0)
+    return Wanted({n: unique for n, (unique, _) in found.items()}, {n: p for n, (_, p) in found.items()}, sizes, full)
+
+
+def distinct(
+    address_BLH: np.ndarray, none: int, threads: concurrent.futures.ThreadPoolExecutor | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (distinct addresses, ascending; int32 [B, L, H], where each address is among them, -1 for `none`).
+
+    Heads have ranges of rows of their own, one after another, so each is sorted by itself.
+    """
+
+    def of_head(head: int) -> tuple[np.ndarray, np.ndarray]:
+        unique_U, place_A = np.unique(address_BLH[..., head], return_inverse=True)
+        return unique_U[unique_U < none], place_A.reshape(address_BLH.shape[:2])
+
+    heads = range(address_BLH.shape[-1])
+    parts = list(map(of_head, heads) if threads is None else threads.map(of_head, heads))
+    places, start = np.empty(address_BLH.shape, np.int32), 0
+    for head, (unique_U, place_BL) in enumerate(parts):
+        places[..., head] = np.where(place_BL < len(unique_U), place_BL + start, -1)
+        start += len(unique_U)
+    return np.concatenate([unique_U for unique_U, _ in parts]), places
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def forwarded(fetched: Tree, written: Tree, source: dict[str, jax.Array]) -> Tree:
+    """Returns fetched rows and slots, with those that another working set has taken from there.
+
+    Args:
+      fetched: {"rows": {table: [C, D]}, "slots": {table: {name: [C, ...]}}}.
+      written: the same of a step that ran later than the fetch saw, C may differ.
+      source: {table: int32 [C]}, where in `written` each row is; its size: nowhere.
+    """
+
+    def take(name: str, new: jax.Array, old: jax.Array) -> jax.Array:
+        there_C = source[name] < old.shape[0]
+        taken = old.at[source[name]].get(mode="clip")
+        return jnp.where(there_C.reshape(-1, *[1] * (new.ndim - 1)), taken, new)
+
+    return {
+        part: {n: jax.tree.map(functools.partial(take, n), tree, written[part][n]) for n, tree in fetched[part].items()}
+        for part in ("rows", "slots")
+    }
+
+
+def places_in(unique_U: np.ndarray, size: int, before: np.ndarray, none: int) -> np.ndarray:
+    """Returns where each row of a working set is among the rows before, int32 [C]; `none` where it is not, and for padding."""
+    place_U = np.searchsorted(before, unique_U)
+    known_U = np.append(before, -1)[place_U] == unique_U
+    out_C = np.full(size, none, np.int32)
+    out_C[: len(unique_U)] = np.where(known_U, place_U, none)
+    return out_C
