@@ -191,7 +191,6 @@ def test_a_group_of_padding_has_no_importance_and_no_gradient() -> None:
     assert float(value) == 0 and (np.asarray(gradient) == 0).all()
 
 
-
 def test_entropies_by_hand() -> None:
     local = -sum(p * math.log(p) for p in PROBABILITY_GSE.ravel().tolist())
     assert float(losses.local_entropy_loss(PROBABILITY_GSE, VALID_GS)) == pytest.approx(local, rel=1e-5)
