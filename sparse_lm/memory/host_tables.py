@@ -172,12 +172,13 @@ class HostTables:
         self._last_write.result()
 
     def read(self) -> dict[str, float]:
-        """See Tables.read: means over the steps since the last call; bytes go to the device and as many come back."""
-        steps = max(self._steps, 1)
+        """See Tables.read: means over the steps handed over since the last call; bytes go to the device and as many come back."""
+        if not self._steps:
+            return {}
         found = {
-            "memory/fetch_wait_ms": 1e3 * self._wait_s / steps,
-            "memory/fetched_rows": self._rows / steps,
-            "memory/fetched_mb": self._bytes / 1e6 / steps,
+            "memory/fetch_wait_ms": 1e3 * self._wait_s / self._steps,
+            "memory/fetched_rows": self._rows / self._steps,
+            "memory/fetched_mb": self._bytes / 1e6 / self._steps,
         }
         self._clear()
         return found
