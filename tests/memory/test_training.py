@@ -114,6 +114,7 @@ def test_nothing_as_large_as_a_table_is_computed() -> None:
     assert made == ["scatter"] * 4  # rows, mu, nu, clock
 
 
+@pytest.mark.slow
 def test_a_member_of_a_population_is_a_run_of_its_own() -> None:
     population = Population(seeds=(3, 8), learning_rate_multipliers=(0.5, 2.0))
     seeds, multipliers = member_arrays(population, 0)

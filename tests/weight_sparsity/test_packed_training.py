@@ -18,6 +18,7 @@ from sparse_lm.layers.tree_paths import flatten
 from sparse_lm.memory.engram import Engram
 from sparse_lm.memory.row_optimizer import RowAdagrad
 from sparse_lm.model.definition import define
+from sparse_lm.model.transformer import Model
 from sparse_lm.recipe import Recipe
 from sparse_lm.routing.experts import MoEFeedForward
 from sparse_lm.routing.top_k import TopKRouter
@@ -36,7 +37,7 @@ from sparse_lm.weight_sparsity.packed_matrix import at, nested
 from sparse_lm.weight_sparsity.packing import unpack
 from sparse_lm.weight_sparsity.projection import BlockSparseLowRankProjection, BlockSparseProjection
 from sparse_lm.weight_sparsity.schedules import Periodic
-from sparse_lm.weight_sparsity.topology_update import MagnitudeBlocks, RigLBlocks, SETBlocks, StaticBlocks
+from sparse_lm.weight_sparsity.topology_update import MagnitudeBlocks, RigLBlocks, SETBlocks
 
 BLOCKS = BlockSparseProjection(density=0.5, block=16)
 FEED_FORWARD = DenseFeedForward(hidden=64, activation="relu_squared", projection=BLOCKS)
@@ -202,38 +203,44 @@ def test_numbers_count_weights_by_blocks() -> None:
         assert numbers["weights"] == 256 * new.size and numbers["mean_density"] == np.float32(new.mean())
 
 
+COMPANION = BlockSparseLowRankProjection(density=0.5, block=16, rank=2, permutation="random")
+PLAIN = tiny.model(
+    DenseFeedForward(hidden=32, activation="relu_squared", projection=COMPANION), d_model=32, layers=1, vocab_size=264
+)
 # One model with all of it: packed experts with a companion and a memory beside them.
-ALL = tiny.model(
-    MoEFeedForward(
-        experts=4,
-        hidden=32,
-        activation="relu_squared",
-        router=TopKRouter(k=2, bias_rate=0.1),
-        projection=BlockSparseLowRankProjection(density=0.5, block=16, rank=2, permutation="random"),
+ALL = dataclasses.replace(
+    PLAIN,
+    pattern=(
+        MoEFeedForward(
+            experts=4,
+            hidden=32,
+            activation="relu_squared",
+            router=TopKRouter(k=2, bias_rate=0.1),
+            projection=COMPANION,
+        ),
     ),
-    d_model=32,
-    layers=1,
     memory=Engram(at=(0,), heads=2, width=8, rows=100, optimizer=RowAdagrad()),
 )
 
 
-def whole(folder: pathlib.Path, **changes) -> Recipe:
-    algorithm = MagnitudeBlocks() if "start_from" not in changes else StaticBlocks()
-    packed = Packed(algorithm=algorithm, schedule=Periodic(every=2, drop=0.5, drop_decay="constant"))
-    recipe = tiny.recipe(folder, model=dataclasses.replace(ALL, vocab_size=264), weight_sparsity=packed, **changes)
-    return validate(recipe)
-
-
-def test_packed_experts_with_a_memory_train_and_resume_to_the_bit(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "lists"),
+    [(PLAIN, (2,)), pytest.param(ALL, (4, 2), marks=pytest.mark.slow)],
+    ids=["plain", "experts and a memory"],
+)
+def test_a_packed_model_trains_and_resumes_to_the_bit(
+    model: Model, lists: tuple[int, ...], tmp_path: pathlib.Path
+) -> None:
     """Eight steps at once, and four of them from the checkpoint after four: changes at 2 and 4, the second after the restart."""
     tiny.corpus(tmp_path / "text")
-    recipe = whole(tmp_path, validation__every=0)
+    packed = Packed(algorithm=MagnitudeBlocks(), schedule=Periodic(every=2, drop=0.5, drop_decay="constant"))
+    recipe = validate(tiny.recipe(tmp_path, model=model, weight_sparsity=packed, validation__every=0))
     assert account(recipe.model, 32).parameters == define(recipe.model).parameters()
     train(recipe, tmp_path / "run")
     end = read_checkpoint(tmp_path / "run" / "checkpoints", 8).state
     middle = read_checkpoint(tmp_path / "run" / "checkpoints", 4).state
-    lists = [flatten(s["model_state"])["blocks.0.feed_forward.gate.topology.row_index"] for s in (middle, end)]
-    assert lists[0].dtype == np.int32 and lists[0].shape == (4, 2)  # experts x blocks
+    found = flatten(middle["model_state"])["blocks.0.feed_forward.gate.topology.row_index"]
+    assert found.dtype == np.int32 and found.shape == lists  # experts x blocks
     now, ever = (flatten(middle["sparsity"][name]) for name in ("mask", "ever"))
     assert any((np.asarray(ever[path]) & ~np.asarray(now[path])).any() for path in now)  # blocks have gone
     again = tmp_path / "again"
