@@ -5,6 +5,8 @@ VENV ?= .venv
 # More than the two cores of a small machine: some tests wait for processes and disks.
 WORKERS ?= 3
 export PYTHONUNBUFFERED := 1
+# The tests start many processes: each would compile the sources again.
+unexport PYTHONDONTWRITEBYTECODE
 # Large arrays in large pages: a step of the quickstart allocates a few hundred megabytes, and takes a quarter less time for it.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 

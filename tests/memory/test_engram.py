@@ -160,6 +160,7 @@ def test_a_row_of_zeros_adds_nothing() -> None:
     np.testing.assert_allclose(losses_of(dataclasses.replace(ENGRAM, deviation=0.0))(batch), losses, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_scanned_blocks_are_the_unrolled_ones() -> None:
     memory = dataclasses.replace(ENGRAM, at=(1,))
     scanned = tiny.model(memory=memory, layers=4, execution="scanned")

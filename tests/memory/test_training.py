@@ -14,7 +14,7 @@ import tiny
 from sparse_lm.evaluate.load import open_run
 from sparse_lm.memory.engram import Engram
 from sparse_lm.memory.row_optimizer import LazyAdam, RowAdagrad
-from sparse_lm.model.definition import token_info
+from sparse_lm.model.definition import define, token_info
 from sparse_lm.recipe import Recipe
 from sparse_lm.train.checkpoint import CheckpointError, read_checkpoint
 from sparse_lm.train.loop import train
@@ -28,7 +28,7 @@ from sparse_lm.train.step import Train, build_step
 MEMORY = Engram(at=(0,), heads=2, width=8, rows=100, deviation=0.5, optimizer=LazyAdam())
 MODEL = tiny.model(memory=MEMORY, layers=1)
 OPTIMIZER = AdamW(learning_rate=0.01, schedule=Constant(warmup_fraction=0.0), epsilon=1e-3)
-DEFINITION = tiny.materialized(MODEL)[0]
+DEFINITION = define(MODEL)
 TRANSFORMATION = OPTIMIZER.build(DEFINITION.dims)
 BATCH = tiny.batch((10, 4), (9,), (16,), (3, 3, 3))
 

@@ -42,7 +42,7 @@ ROUTERS: dict[str, Router] = {
     "expert_choice": ExpertChoiceRouter(k=2),
     "sinkhorn": SinkhornRouter(k=1),
 }
-FAST = ("expert_threshold",)
+FAST = ("expert_choice",)
 BATCH = tiny.batch(*[(8,), (3, 2), (), (5,), (1, 1, 1), (8,), (4, 4), (7,)], length=LENGTH)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+from sparse_lm.model.definition import define
 from sparse_lm.train.optimizer import AdamW
 from sparse_lm.train.population import Population, member_arrays, over_members
 from sparse_lm.train.schedule import Constant
@@ -19,7 +20,7 @@ from sparse_lm.train.validation import build_eval_step
 POPULATION = Population(seeds=(3, 8), learning_rate_multipliers=(0.5, 2.0))
 OPTIMIZER = AdamW(learning_rate=0.01, schedule=Constant())
 MEMBERS = [(3, 0.5), (3, 2.0), (8, 0.5), (8, 2.0)]
-DEFINITION = tiny.materialized(tiny.model(layers=1))[0]
+DEFINITION = define(tiny.model(layers=1))
 TRANSFORMATION = OPTIMIZER.build(DEFINITION.dims)
 
 

@@ -163,6 +163,7 @@ def test_a_change_replaces_the_step_and_blocks_keep_their_numbers() -> None:
     assert np.abs(found - np.where(new, old, 0)).max() < np.abs(old).max()
 
 
+@pytest.mark.slow
 def test_the_dropped_blocks_are_the_smallest_and_the_grown_ones_have_the_largest_gradient() -> None:
     """The whole change against numpy, from the state before it."""
     before, after = states()[2], states()[3]
