@@ -27,7 +27,7 @@ def model(depth: Depth, **changes) -> Model:
 
 @functools.cache
 def found(name: str):
-    """Losses, gradient and report of a model whose second block is routed; the same with skipped tokens computed and masked."""
+    """Losses and gradient of a model whose second block is routed; the same with skipped tokens computed and masked."""
     definition, params, state = tiny.materialized(model(DEPTHS[name]))
 
     def total(params, dense: bool):
@@ -41,20 +41,20 @@ def found(name: str):
         return jnp.sum(losses_BL), losses_BL
 
     run = tiny.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)
-    aux = tiny.jit(lambda params: definition.token_losses(params, state, BATCH)[1])(params)
-    return run(params, False), run(params, True), aux
+    return run(params, False), run(params, True)
 
 
-@pytest.mark.parametrize("name", DEPTHS)
+@pytest.mark.parametrize("name", [pytest.param("mixture", marks=pytest.mark.slow), "adaptive"])
 def test_a_routed_block_is_the_whole_block_with_the_skipped_tokens_masked(name: str) -> None:
-    ((_, losses), grads), ((_, expected), expected_grads), _ = found(name)
+    ((_, losses), grads), ((_, expected), expected_grads) = found(name)
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
     tiny.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
     assert (np.asarray(grads["blocks"]["1"]["depth"]["weight"]) != 0).any()
 
 
 def test_a_mixture_of_depths_takes_its_share() -> None:
-    _, _, aux = found("mixture")
+    definition, params, state = tiny.materialized(model(MIXTURE))
+    aux = tiny.jit(lambda params: definition.token_losses(params, state, BATCH)[1])(params)
     passes_BL = np.asarray(aux.choices["1"]["depth"])[..., 0] < 1
     # ceil(0.375 * 16) = 6 of the full row, ceil(0.375 * 9) = 4 of the padded one
     assert passes_BL.sum(-1).tolist() == [6, 4] and not passes_BL[BATCH["segments_BL"] == 0].any()

@@ -123,6 +123,7 @@ def mixed(**changes) -> Model:
     return tiny.model(MOE, layers=3, leading=(tiny.DENSE,), **changes)
 
 
+@pytest.mark.slow
 def test_scanned_is_unrolled(moe_objective) -> None:
     params, (value, grads, _) = moe_objective
     config = mixed(execution="scanned")
@@ -135,7 +136,8 @@ def test_scanned_is_unrolled(moe_objective) -> None:
     tiny.assert_close(scanned_grads, grads)
 
 
-@pytest.mark.parametrize("changes", [{"remat": "names"}, pytest.param({"remat": "block"}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"remat": "names"}, {"remat": "block"}])
 def test_rematerialisation_changes_no_gradient(changes, moe_objective) -> None:
     params, (value, grads, _) = moe_objective
     again_value, again_grads, _ = objective(mixed(**changes))(params, BATCH)

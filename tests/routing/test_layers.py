@@ -152,6 +152,7 @@ FROZEN = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_a_step_leaves_a_frozen_router_as_it_is_and_starts_from_its_own_state() -> None:
     definition = define(tiny.model(FROZEN, layers=1))
     optimizer = AdamW(learning_rate=0.01, weight_decay=0.5)

@@ -119,7 +119,9 @@ def dense_norms() -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize(("microbatches", "slabs"), [(1, 1), (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("microbatches", "slabs"), [(1, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 2), (4, 1)))]
+)
 def test_growth_follows_the_gradient_of_the_whole_batch(microbatches: int, slabs: int) -> None:
     """In one microbatch by norms, in several by slabs of the summed gradient: gate has 4 block columns, down has 3 (slabs overlap)."""
     found, expected = scores(microbatches, slabs)(start()), dense_norms()
@@ -304,6 +306,7 @@ def test_what_cannot_work_is_refused(changes: dict, words: str) -> None:
         open_session(recipe, jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_stacked_layers_start_with_the_topology_of_unrolled_ones() -> None:
     two = dataclasses.replace(MODEL, layers=2)
     unrolled_state = tiny.jit(define(two).initial_state)(jax.random.key(4))
