@@ -147,9 +147,9 @@ def pair(
 
 def at_step(step: int, action: str, *arguments: Any) -> None:
     """Calls another function below when the loop asks for the batch that it takes after `step` steps."""
-    from sparse_lm.train import loop
+    from sparse_lm.train.prefetch import Prefetch
 
-    taken, take = [0], loop.Prefetch.next
+    taken, take = [0], Prefetch.next
 
     def next_and_act(self: Any) -> Any:
         taken[0] += 1
@@ -157,7 +157,7 @@ def at_step(step: int, action: str, *arguments: Any) -> None:
             globals()[action](*arguments)
         return take(self)
 
-    loop.Prefetch.next = next_and_act
+    Prefetch.next = next_and_act
 
 
 def signal_self(name: str) -> None:

@@ -9,129 +9,42 @@ import dataclasses
 import json
 import math
 import pathlib
-import queue
-import secrets
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from pallas_kernels import backend
-from sparse_lm.accounting import Account, absent_operations, account, measured_in, with_operations
+from sparse_lm.accounting import Account, absent_operations, account, measured_in
 from sparse_lm.config import ConfigError, to_dict, validate
-from sparse_lm.data import storage
 from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.pipeline import prepare, stream_identity, train_stream
 from sparse_lm.memory.diagnostics import memory_row
 from sparse_lm.memory.host_tables import DeviceTables, Tables
-from sparse_lm.memory.working_set import Wanted
 from sparse_lm.model.cudnn_attention import documents_bucket
 from sparse_lm.parallel.distributed import RESUMABLE, Cluster
-from sparse_lm.recipe import SCHEMA, Recipe, differences, recipe_from_json, save_recipe
+from sparse_lm.recipe import SCHEMA, Recipe
 from sparse_lm.routing.diagnostics import RouterWatch, router_row
 from sparse_lm.train import machine
 from sparse_lm.train.ballot import Ballot
-from sparse_lm.train.checkpoint import Checkpointer, DamagedCheckpoint, checkpoint_directory, saved_recipe
-from sparse_lm.train.checkpoint_files import newest_sound_step, set_aside, step_directories
+from sparse_lm.train.checkpoint import Checkpointer, checkpoint_directory
 from sparse_lm.train.churn import RoutingProbe, probe_batch
 from sparse_lm.train.metrics import Meter, Writers, open_writers, read_rows
+from sparse_lm.train.prefetch import Prefetch
 from sparse_lm.train.progress import Progress
-from sparse_lm.train.session import Session, check_addresses, open_session, starting_point
+from sparse_lm.train.session import Session, check_addresses, open_session
+from sparse_lm.train.start import check_same_run, check_shared, restored_or_new, write_description
 from sparse_lm.train.state import TrainState
 from sparse_lm.train.step import PULSE
+from sparse_lm.train.termination import Termination
 from sparse_lm.train.validation import EvalStep, build_eval_step, validation_row
 from sparse_lm.weight_sparsity.pictures import MaskPictures
 from sparse_lm.weight_sparsity.telemetry import absent, sparsity_row
 
-PLACEMENT = "model.memory.placement"
-FREE_FIELDS = (
-    *("log.", "checkpoint.", "validation.", "mesh.", "distributed.", "name:", "data.directory", "data.workers"),
-    *(f"{PLACEMENT}: OnDevice -> OnHost", f"{PLACEMENT}: OnHost -> OnDevice", f"{PLACEMENT}.room"),
-)
-"""Fields in which a resumed run may differ from the run it continues: they change no number that is trained on (a mesh
-changes the order of sums, so going on elsewhere is equal to rounding, not to the bit)."""
-
 
 class TrainingDiverged(RuntimeError):
     """More steps in a row than allowed were not finite."""
-
-
-class Prefetch:
-    """Takes batches from a stream in a thread and places them on the devices, two ahead; states stay with their batches.
-
-    Args:
-      stream: yields (batch, data state after it).
-      put: places a batch on the devices.
-      find: says which rows of tables it reads.
-    """
-
-    def __init__(
-        self,
-        stream: Iterator[tuple[Any, dict[str, Any]]],
-        put: Callable[[Any], Any],
-        find: Callable[[Any], Wanted],
-    ):
-        self._queue: queue.Queue = queue.Queue(2)
-        self._stop = threading.Event()
-        self._stream, self._put, self._find = stream, put, find
-        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
-        self._thread.start()
-
-    def _fill(self) -> None:
-        try:
-            for batch, state in self._stream:
-                found = self._find(batch)
-                self._offer((self._put(batch), found, int(batch["segments_BL"].max()), state, None))
-                if self._stop.is_set():
-                    return
-        except Exception as error:  # handed to the loop, which raises it
-            self._offer((None, None, 0, None, error))
-
-    def _offer(self, item: Any) -> None:
-        while not self._stop.is_set():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def next(self) -> tuple[Any, Wanted, int, dict[str, Any]]:
-        """Returns (batch on the devices, the rows that it reads, most documents in one of its rows, the data state after it)."""
-        batch, wanted, documents, state, error = self._queue.get()
-        if error is not None:
-            raise error
-        return batch, wanted, documents, state
-
-    def close(self) -> None:
-        """Ends the thread."""
-        self._stop.set()
-        self._thread.join()
-
-
-class Termination:
-    """Turns SIGTERM and SIGINT into a request to save and stop; a second signal acts as usual."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "Termination":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def _request(self, number: int, frame: Any) -> None:
-        self.requested = True
-        signal.signal(number, self._previous[number])
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 def train(
@@ -195,102 +108,6 @@ def train(
         finally:
             checkpointer.close()
     return 0 if finished else RESUMABLE
-
-
-def check_same_run(recipe: Recipe, checkpoints: epath.Path) -> None:
-    """Raises ConfigError if the directory holds checkpoints of another recipe."""
-    for step in reversed(step_directories(checkpoints)):
-        try:
-            document = saved_recipe(checkpoints, step)
-        except Exception:  # a damaged step is dealt with when a step is chosen
-            continue
-        saved = recipe_from_json(document, f"checkpoint {step} in {checkpoints}")
-        changed = [line for line in differences(saved, recipe) if not line.startswith(FREE_FIELDS)]
-        if changed:
-            allowed = (
-                "the recipe that it was started with, or another --run-dir (start_from.run branches from it). Changed: "
-            )
-            raise ConfigError("run_dir", str(checkpoints.parent), allowed + "; ".join(changed))
-        return
-
-
-def check_shared(checkpoints: epath.Path, cluster: Cluster) -> None:
-    """Raises Disagreement if some process does not see the checkpoint directory of the others."""
-    if cluster.count == 1:
-        return
-
-    def write() -> str:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        name = f".shared-{secrets.token_hex(8)}"
-        (checkpoints / name).write_text("")
-        return name
-
-    probe = checkpoints / cluster.of_first("probe", write)
-    for _ in range(50):  # network disks show a new file late
-        if probe.exists():
-            break
-        time.sleep(0.1)
-    cluster.agree("storage", lambda: {f"sees the files that process 0 writes into {checkpoints}": probe.exists()})
-    if cluster.first:
-        probe.unlink()
-
-
-def restored_or_new(
-    session: Session, checkpoints: epath.Path, cluster: Cluster, progress: Progress
-) -> tuple[int | None, TrainState, dict[str, Any] | None, Checkpointer]:
-    """Restores the newest sound checkpoint, or makes the starting point when there is none.
-
-    Returns:
-      (finished steps of the checkpoint or None, state, data state, the checkpointer).
-    """
-    passed_over = 0
-    while True:
-        cluster.progress("choosing a checkpoint")
-        chosen = cluster.of_first(f"chosen/{passed_over}", lambda: json.dumps(newest_sound_step(checkpoints)))
-        latest, notes = json.loads(chosen)
-        for note in notes:
-            progress.event(note)
-        checkpointer = Checkpointer(
-            checkpoints,
-            session.recipe.checkpoint,
-            session.abstract,
-            session.dims,
-            session.mesh,
-            population=session.recipe.population.active,
-            on_host=session.recipe.model.memory.placement.on_host,
-        )
-        if latest is None:
-            return None, *starting_point(session), checkpointer
-        cluster.progress(f"restoring checkpoint {latest}")
-        try:
-            return latest, *checkpointer.restore(latest, session.shardings), checkpointer
-        except DamagedCheckpoint as error:
-            checkpointer.close()
-            if cluster.count > 1:  # the others may have read their parts
-                raise
-            progress.event(f"{error}; set aside as {set_aside(checkpoints / str(latest))}; an earlier one is used")
-            passed_over += 1
-
-
-def write_description(session: Session, dataset: Dataset, run_dir: pathlib.Path) -> None:
-    """Writes config.json, environment.json, data.json, accounting.json and the tokenizer into the run directory."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save_recipe(session.recipe, run_dir)
-    lines = account(session.recipe.model, session.recipe.data.sequence_length)
-    assert lines.parameters == session.definition.parameters(), "the account does not add up to the tree"
-    documents = {
-        "environment.json": machine.environment(),
-        "data.json": dataset.describe(),
-        "accounting.json": [row._asdict() for row in lines.rows],
-    }
-    if sparse := session.sparsifier.description():
-        dense = lines.forward_flops
-        if session.sparsifier.accounted:
-            absent_weights = {r["path"]: r["matrices"] * math.prod(r["shape"]) - r["kept"] for r in sparse["matrices"]}
-            dense += absent_operations(session.recipe.model, absent_weights)
-        documents["sparsity.json"] = with_operations(sparse, session.recipe.model, dense)
-    for name, document in documents.items():
-        storage.write_atomically(run_dir / name, (json.dumps(document, indent=1, default=str) + "\n").encode())
 
 
 class Run:

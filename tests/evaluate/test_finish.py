@@ -21,8 +21,8 @@ from sparse_lm.evaluate.finish import evaluate, finish, opening, sample_prompts
 from sparse_lm.evaluate.load import open_run
 from sparse_lm.recipe import SCHEMA
 from sparse_lm.train.checkpoint import Checkpointer, CheckpointError
-from sparse_lm.train.loop import write_description
 from sparse_lm.train.session import open_session
+from sparse_lm.train.start import write_description
 
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 
