@@ -5,19 +5,17 @@ Legend: N rows of metrics, L layers, R rows and C columns of cells.
 
 import base64
 import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib import image
 
 from sparse_lm.evaluate import report_figures as draw
 from sparse_lm.evaluate import report_page as page
+from sparse_lm.evaluate.run_files import Run
 from sparse_lm.train.progress import count, mean
 from sparse_lm.weight_sparsity.pictures import read_pictures
 from sparse_lm.weight_sparsity.telemetry import kind_of
-
-if TYPE_CHECKING:
-    from sparse_lm.evaluate.report import Run
 
 MEASURES = {
     "density": "Density",
@@ -37,7 +35,7 @@ INK = (0.17, 0.45, 0.75)
 """Colour of a cell; its opacity is the density, so that it reads on paper of any colour."""
 
 
-def weight_sparsity(run: "Run") -> str:
+def weight_sparsity(run: Run) -> str:
     """The section's HTML; empty for dense training."""
     if not run.sparsity:
         return ""
@@ -83,7 +81,7 @@ def by_kind(matrices: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def summary(run: "Run") -> str:
+def summary(run: Run) -> str:
     """What was asked for, the averages over training, and what other allocations would cost."""
     rows = []
     for line in by_kind(run.sparsity["matrices"]):
@@ -114,7 +112,7 @@ def summary(run: "Run") -> str:
     return "".join(parts)
 
 
-def fan_in(run: "Run", kinds: list[str]) -> str:
+def fan_in(run: Run, kinds: list[str]) -> str:
     """The histogram of inputs per output at the end."""
     found = {kind: values[-1] for kind, values in run.per_layer("fan_in", "sparsity").items() if kind in kinds}
     if not found:
@@ -132,7 +130,7 @@ def spaced(values: list[Any], most: int) -> list[Any]:
     return [values[i] for i in picked]
 
 
-def block_maps(run: "Run") -> str:
+def block_maps(run: Run) -> str:
     """Where the weights of each kind of matrix are: layers downwards, steps to the right."""
     pictures = read_pictures(run.directory)
     if not pictures:

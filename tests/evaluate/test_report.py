@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sparse_lm.evaluate import report, report_figures, report_page
+from sparse_lm.evaluate.run_files import Run
 from sparse_lm.train.metrics import JsonLines
 
 DOCUMENTS = {
@@ -241,7 +242,7 @@ def test_a_population_and_a_run_that_has_just_begun(tmp_path, steps):
 
 
 def test_layers_are_in_their_order_and_members_are_averaged(tmp_path):
-    run = report.Run(write_run(tmp_path / "run", members=2))
+    run = Run(write_run(tmp_path / "run", members=2))
     worst = run.per_layer("max_violation")
     assert list(worst) == ["blocks.2", "blocks.10"]
     np.testing.assert_allclose(worst["blocks.2"], [np.nan, 0.55, 0.55, 0.55, 0.55, 0.55])
