@@ -40,6 +40,7 @@ def test_what_a_routed_step_sends_on_gpus(tmp_path) -> None:
     assert seconds["exchange"] == pytest.approx(ahead.sent_bytes / 450e9)
 
 
+@pytest.mark.slow
 def test_bytes_of_fsdp_and_data_do_not_grow_with_the_devices(tmp_path) -> None:
     """Weak scaling from 64 to 4096 devices, the parameters over 16 of them and replicated over the rest."""
     recipe = tiny.recipe(tmp_path, data__batch_size=64, model__execution="scanned")

@@ -107,6 +107,7 @@ def test_parameters_come_back_in_the_models_layout_as_they_were_saved(population
         loaded.member(2)
 
 
+@pytest.mark.slow
 def test_members_of_a_population_are_evaluated_at_once_as_one_by_one(population):
     loaded = open_run(population[0])
     together = evaluate(loaded, max_tokens=64, priming_bytes=0)

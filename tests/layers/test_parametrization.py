@@ -204,7 +204,12 @@ RMS = Muon(weight_decay=0.0, epsilon=1e-12, precision="float32")
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "rate", "widths"), [(ADAM, 2e-3, (256, 1024)), (RMS, 4e-3, (256,)), (SPECTRAL, 2e-2, (256,))]
+    ("optimizer", "rate", "widths"),
+    [
+        (ADAM, 2e-3, (256, 1024)),
+        pytest.param(RMS, 4e-3, (256,), marks=pytest.mark.slow),
+        pytest.param(SPECTRAL, 2e-2, (256,), marks=pytest.mark.slow),
+    ],
 )
 def test_coordinate_check_over_width(optimizer: Optimizer, rate: float, widths: tuple[int, ...]) -> None:
     """Under muP three updates move every activation by a size that does not depend on the width; under Standard it grows."""

@@ -149,6 +149,7 @@ def test_decoding_is_the_forward_pass(name: str) -> None:
         np.testing.assert_allclose(step[:, 0], whole[:, t], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_row_of_zeros_adds_nothing() -> None:
     """What an n-gram never seen in training reads."""
     definition, params, state = model(dataclasses.replace(ENGRAM, deviation=0.0))

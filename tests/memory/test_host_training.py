@@ -67,7 +67,7 @@ def test_host_and_device_runs_are_bitwise_equal(runs: dict[str, pathlib.Path]) -
 
 @pytest.mark.parametrize(
     ("first", "then"),
-    [("device", "host"), ("host", "device"), pytest.param("host", "host", marks=pytest.mark.slow)],
+    [("device", "host"), *(pytest.param("host", place, marks=pytest.mark.slow) for place in PLACES)],
 )
 def test_a_run_goes_on_bitwise_in_either_place(
     runs: dict[str, pathlib.Path], folder: pathlib.Path, first: str, then: str

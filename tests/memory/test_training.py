@@ -74,6 +74,7 @@ def test_the_rows_take_the_gradient_of_the_loss() -> None:
     np.testing.assert_allclose(found, grads, rtol=1e-3, atol=1e-6 * np.abs(grads).max())
 
 
+@pytest.mark.slow
 def test_microbatches_add_up() -> None:
     whole, _ = step()(start(), BATCH, jnp.float32(1))
     pieces, _ = step(2)(start(), BATCH, jnp.float32(1))

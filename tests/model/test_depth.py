@@ -44,7 +44,8 @@ def found(name: str):
     return run(params, False), run(params, True)
 
 
-@pytest.mark.parametrize("name", [pytest.param("mixture", marks=pytest.mark.slow), "adaptive"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEPTHS)
 def test_a_routed_block_is_the_whole_block_with_the_skipped_tokens_masked(name: str) -> None:
     ((_, losses), grads), ((_, expected), expected_grads) = found(name)
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)

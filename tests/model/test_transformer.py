@@ -159,6 +159,7 @@ def test_rematerialisation_recomputes_what_is_not_saved() -> None:
     assert kept(remat="block") < kept(remat="names", saved_names=("attention",)) < kept()
 
 
+@pytest.mark.slow
 def test_tied_embeddings_get_both_gradients() -> None:
     tied = tiny.model(layers=1, tied_embeddings=True)
     untied = dataclasses.replace(tied, tied_embeddings=False)
@@ -172,6 +173,7 @@ def test_tied_embeddings_get_both_gradients() -> None:
     tiny.assert_close(grads, {**untied_grads, "embedding": expected})
 
 
+@pytest.mark.slow
 def test_mup_multiplies_logits_and_attention() -> None:
     # base width 4 for D = 16: logits times 1/4; base head dim 2 for N = 8: scores times sqrt(2) / 8 instead of 1 / sqrt(8)
     config = tiny.model(layers=1, parametrization=MuP(base_width=4, base_head_dim=2))

@@ -39,6 +39,7 @@ def values_of(config: FeedForward):
     return graph, map_leaves(lambda _, leaf: normal(size=leaf.shape).astype(np.float32), nnx.to_pure_dict(state))
 
 
+@pytest.mark.slow
 def test_experts_that_compute_nothing_are_columns_of_the_mask() -> None:
     extra = ZeroComputation(identity=1, zero=1, constant=2)
     config = MoEFeedForward(

@@ -82,7 +82,9 @@ def test_a_packed_matrix_is_its_dense_mask(name: str) -> None:
     assert CONFIGS[name].cost(K, N) == (size, 2 * size)
 
 
-@pytest.mark.parametrize("sizes", [(14, 13, 13), (0, 38, 1), (0, 0, 0)], ids=["even", "uneven", "none"])
+@pytest.mark.parametrize(
+    "sizes", [pytest.param((14, 13, 13), marks=pytest.mark.slow), (0, 38, 1), (0, 0, 0)], ids=["even", "uneven", "none"]
+)
 def test_experts_are_their_dense_masks(sizes: tuple[int, ...]) -> None:
     """However uneven the loads, and with rows past the last expert."""
     pattern, graph, params, state, probes = experts()

@@ -22,6 +22,7 @@ from sparse_lm.layers.tree_paths import flatten
 from sparse_lm.recipe import Recipe
 from sparse_lm.train.checkpoint import read_checkpoint
 from sparse_lm.train.initialize import StartFrom
+from sparse_lm.train.loop import train
 from sparse_lm.train.metrics import read_rows
 from sparse_lm.train.optimizer import AdamW
 from sparse_lm.train.population import MEMBERS, Population, member_arrays, over_members
@@ -126,7 +127,7 @@ def test_rigl_trains_stops_and_goes_on_to_the_same_bits(tmp_path, monkeypatch) -
     pretrain(recipe, straight, monkeypatch)
     shutil.copytree(straight, stopped)
     shutil.rmtree(stopped / "checkpoints" / "8")
-    pretrain(recipe, stopped, monkeypatch)
+    assert train(recipe, stopped) == 0
     ends = [read_checkpoint(run / "checkpoints", 8).state for run in (straight, stopped)]
     tiny.assert_same(*ends)
     rows = read_rows(straight / "metrics.jsonl", "train")

@@ -48,10 +48,10 @@ def dense_products(x, values, topology, dy):
     [
         (16, 16, jnp.float32),
         (32, 64, jnp.float32),
-        (128, 128, jnp.float32),
+        pytest.param(128, 128, jnp.float32, marks=pytest.mark.slow),
         (64, 32, jnp.bfloat16),
         (128, 128, jnp.bfloat16),
-        (16, 16, jnp.float16),
+        pytest.param(16, 16, jnp.float16, marks=pytest.mark.slow),
     ],
 )
 def test_values_and_gradients_equal_the_dense_products(block_in, block_out, dtype):

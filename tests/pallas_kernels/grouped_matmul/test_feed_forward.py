@@ -103,6 +103,7 @@ def test_stored_activations_do_not_grow_with_the_number_of_experts():
         assert residual_bytes(tokens, model, active // per_token, experts, per_token) <= 1.1 * dense_bytes
 
 
+@pytest.mark.slow
 def test_vmap_equals_a_loop():
     plans = [plan(seed)[0] for seed in (3, 4)]
     sizes, token_A, row_TS = (jnp.stack(a) for a in zip(*plans, strict=True))
