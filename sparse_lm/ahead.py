@@ -25,7 +25,7 @@ from sparse_lm.parallel.program import Collective, collectives, kernels, placed_
 from sparse_lm.parallel.topology import Topology
 from sparse_lm.plan import Compiled, Plan, analysis, make_plan
 from sparse_lm.recipe import Recipe
-from sparse_lm.train.session import Session, open_session
+from sparse_lm.train.session import Session, check_division, open_session
 
 
 class KernelsMissing(ValueError):
@@ -128,12 +128,16 @@ def look_ahead(recipe: Recipe, topology: Topology, *, kernels_required: bool = F
 
 
 def weak_scaling(recipe: Recipe, topologies: Sequence[Topology], **options: bool) -> list[Ahead]:
-    """Plans a recipe on topologies of growing size, every device with as many sequences as on the first."""
-    found = []
-    for target in topologies:
-        rows = recipe.data.batch_size * target.devices // topologies[0].devices
-        found.append(look_ahead(override(recipe, "data.batch_size", rows), target, **options))
-    return found
+    """Plans a recipe on topologies of growing size, every device with as many sequences as on the first.
+
+    Raises what `look_ahead` does; a mesh that does not fit one of the topologies is refused before the first is compiled for.
+    """
+    rows = [recipe.data.batch_size * target.devices // topologies[0].devices for target in topologies]
+    recipes = [override(recipe, "data.batch_size", count) for count in rows]
+    for own, target in zip(recipes, topologies):
+        if target.chip.platform == "tpu":
+            check_division(own, own.mesh.build(target.attach()))
+    return [look_ahead(own, target, **options) for own, target in zip(recipes, topologies)]
 
 
 def exponent(plans: Sequence[Ahead]) -> float:
