@@ -62,6 +62,7 @@ TABLE: dict[str, dict[str, str]] = {
         "dense": "sparse_lm.layers.projection:DenseProjection",
         "block_sparse": "sparse_lm.weight_sparsity.projection:BlockSparseProjection",
         "block_sparse_low_rank": "sparse_lm.weight_sparsity.projection:BlockSparseLowRankProjection",
+        "sparse_activations": "sparse_lm.weight_sparsity.sparse_activations:SparseActivationsProjection",
     },
     "optimizer": {
         "adamw": "sparse_lm.train.optimizer:AdamW",

@@ -117,7 +117,7 @@ class RoutedExperts(nnx.Module):
     @property
     def on_tokens(self) -> Tokens | None:
         """From tokens to the weighted sums of their experts' outputs in one operation; None unless these are dense SwiGLU experts."""
-        plain = all(isinstance(matrix, DenseMatrix) for matrix in (self.gate, self.up, self.down))
+        plain = all(type(matrix) is DenseMatrix for matrix in (self.gate, self.up, self.down))
         return self._fused if plain and self.activation == "swiglu" else None
 
     def _fused(self, x_TD: jax.Array, order: Order) -> jax.Array:

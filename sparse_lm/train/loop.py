@@ -153,7 +153,7 @@ class Run:
     def steps(self, state: TrainState, data_state: dict[str, Any] | None, first: int) -> bool:
         """Runs from step `first` to the end; returns whether the end was reached."""
         recipe, session = self.recipe, self.session
-        programs, compile_s = self._programs()
+        programs, compile_s = self._programs(first)
         meter = self._meter(first)
         self.tokens_before = meter.tokens
         self.progress.start(first, self._note(compile_s, first))
@@ -267,21 +267,22 @@ class Run:
             ]
         )
 
-    def _programs(self) -> tuple[Callable[[int, bool, bool], Any], float]:
-        """Returns (the compiled step, seconds of the first compile).
+    def _programs(self, step: int) -> tuple[Callable[[int, bool, bool], Any], float]:
+        """Returns (the compiled step, seconds of the first compile, which is for step number `step`).
 
         It is chosen by a batch's most documents in a row, `Sparsifier.apart`, and whether its rows outgrow the tables' room.
         """
         first = self.recipe.model.attention.max_documents
-        compiled, seconds = self.session.compile_step(first)
-        programs = {(first, False, False): compiled}
+        apart = self.session.sparsifier.apart(step)
+        compiled, seconds = self.session.compile_step(first, **({"changes": True} if apart else {}))
+        programs = {(first, apart, False): compiled}
 
         def program(documents: int, changes: bool, full: bool) -> Any:
             most = documents_bucket(first, documents)
             if (most, changes, full) not in programs:
                 arguments = {name: True for name, asked in (("changes", changes), ("full", full)) if asked}
                 programs[most, changes, full], seconds = self.session.compile_step(most, **arguments)
-                what = " that changes the topology" * changes + " for all rows of a batch" * full
+                what = " that changes masks or topology" * changes + " for all rows of a batch" * full
                 self.progress.event(f"compiled a step{what} for up to {most} documents in a row in {seconds:.1f} s")
             return programs[most, changes, full]
 

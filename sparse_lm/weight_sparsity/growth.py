@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.config import ConfigError
-from sparse_lm.weight_sparsity.algorithms import Algorithm, Leaf, Masks, Now, as_weights, keep_units
+from sparse_lm.weight_sparsity.algorithms import Algorithm, Flat, Leaf, Masks, Now, Start, as_weights, keep_units
 from sparse_lm.weight_sparsity.selection import NEVER, keep_top, share_of
 from sparse_lm.weight_sparsity.structures import Block, ConstantFanIn, Neuron
 
@@ -84,9 +84,15 @@ class CHTs(Exchange):
     """Cannistraci-Hebb training with soft sampling: topology says where to grow (Zhang et al. 2025, arXiv 2501.19107).
 
     Weights survive by sampling without replacement with probability proportional to |w|^t, t rising from 1; new links are sampled
-    in proportion to their score CH2-L3n, the node-based form over paths of length three (`link_scores`). Sampling without
-    replacement is a choice of the largest log probability + Gumbel noise.
+    in proportion to a score over paths of length three: CH2-L3n (`link_scores`) or CH3-L3p (`path_scores`). Sampling without
+    replacement is a choice of the largest log probability + Gumbel noise. The first links are a bipartite receptive field: an output
+    reads inputs near its own place, with a randomness that can be anything up to uniform.
     """
+
+    links: Literal["node", "path"] = "node"
+    """Score of new links: by node in a few matrix products, or by path, which takes I I O O operations and is for small matrices."""
+    randomness: float = 1.0
+    """Of the first links: 1 draws them uniformly; towards 0 each output reads its nearest inputs."""
 
     removal: Literal["magnitude", "relative"] = "magnitude"
     """By |w|, or by |w| relative to the sums of |w| over its row and over its column."""
@@ -96,6 +102,11 @@ class CHTs(Exchange):
     def check(self) -> None:
         """See Config.check."""
         self.require(self.sharpening >= 0.0, "sharpening", "0 or above")
+        self.require(0.0 < self.randomness <= 1.0, "randomness", "above 0, at most 1")
+
+    def initial(self, leaves: dict[str, Leaf], start: Start) -> Flat:
+        """See Algorithm.initial."""
+        return {path: receptive_field(leaf.random(start.key), self.randomness) for path, leaf in leaves.items()}
 
     def check_beside(self, masked: Any) -> None:
         """See Algorithm.check_beside."""
@@ -115,7 +126,8 @@ class CHTs(Exchange):
 
     def grown_scores(self, leaf: Leaf, now: Now, survivors: jax.Array) -> jax.Array:
         """See Exchange.grown_scores."""
-        return sampled(_log(link_scores(survivors)), leaf.random(jax.random.fold_in(now.key, 1)))
+        scores = link_scores if self.links == "node" else path_scores
+        return sampled(_log(scores(survivors)), leaf.random(jax.random.fold_in(now.key, 1)))
 
 
 def _log(x: jax.Array) -> jax.Array:
@@ -148,6 +160,51 @@ def link_scores(mask: jax.Array) -> jax.Array:
         return jnp.einsum("...ik,...ko->...io", near_II, x_IO, precision=exact)
 
     return one_side(x_IO) + jnp.swapaxes(one_side(jnp.swapaxes(x_IO, -2, -1)), -2, -1)
+
+
+def path_scores(mask: jax.Array) -> jax.Array:
+    """CH3-L3p of every link that a bipartite network lacks, float32 [..., I, O]; other entries mean nothing.
+
+    A link (i, j) is likely if many paths i - j' - i' - j lead there whose inner nodes have few links out of the community of all such
+    paths. That community holds every neighbour that j' shares with j and every one that i' shares with i, so the links that leave it,
+    plus one, number degree(j') - c(j', j) and degree(i') - c(i', i), with c as in `link_scores`:
+
+        sum over paths of  1 / sqrt((degree(j') - c(j', j)) (degree(i') - c(i', i)))
+    """
+    if mask.ndim > 2:
+        return jax.vmap(path_scores)(mask)
+    x_IO = mask.astype(jnp.float32)
+    exact = jax.lax.Precision.HIGHEST
+
+    def weight(x: jax.Array) -> jax.Array:
+        """One over the root of the links of the first node that leave its community with the second."""
+        leaving = jnp.sum(x, axis=1)[:, None] - jnp.matmul(x, x.T, precision=exact)
+        return jax.lax.rsqrt(jnp.maximum(leaving, 1.0))
+
+    of_inputs_II, of_outputs_OO = weight(x_IO), weight(x_IO.T)
+
+    def one_input(arguments: tuple[jax.Array, jax.Array]) -> jax.Array:
+        own_O, weight_I = arguments
+        paths_IO = jnp.matmul(x_IO * own_O, of_outputs_OO, precision=exact)
+        return jnp.sum(weight_I[:, None] * x_IO * paths_IO, axis=0)
+
+    return jax.lax.map(one_input, (x_IO, of_inputs_II.T))
+
+
+def receptive_field(uniform: jax.Array, randomness: float) -> jax.Array:
+    """Returns scores whose largest are links of a bipartite receptive field, float32 [..., I, O].
+
+    Inputs and outputs stand evenly on one circle. Links are drawn without replacement with probability proportional to
+    (1 + d)^-((1 - r) / r), d their distance in steps of the denser side and r the randomness.
+
+    Args:
+      uniform: independent numbers from 0 to 1, [..., I, O].
+      randomness: r, above 0 and at most 1.
+    """
+    inputs, outputs = uniform.shape[-2:]
+    apart_IO = jnp.abs(jnp.arange(inputs)[:, None] / inputs - jnp.arange(outputs) / outputs)
+    distance_IO = max(inputs, outputs) * jnp.minimum(apart_IO, 1.0 - apart_IO)
+    return sampled(-(1.0 - randomness) / randomness * jnp.log1p(distance_IO), uniform)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

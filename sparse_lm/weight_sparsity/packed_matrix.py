@@ -218,6 +218,35 @@ def best_mask(scores_RC: jax.Array, pattern: BlockPattern) -> jax.Array:
     return pattern.ungrouped(ranks(scores_GP) < pattern.blocks // scores_GP.shape[-2])
 
 
+def even_mask(key: jax.Array, pattern: BlockPattern) -> jax.Array:
+    """Draws a random pattern with constant fan-in whose block rows hold equally many blocks too, up to one; bool [R, C].
+
+    A row without a block would be an input that nothing reads, and rows of unequal length cost the transposed product its balance.
+    Random orders of the rows, one after another, are cut into columns. Where a column begins in one order and ends in the next, the
+    rows that it has already come last in that one.
+    """
+    shards, columns, fan_in = pattern.row_shards, pattern.columns, pattern.fan_in // pattern.row_shards
+    rows = pattern.rows // shards
+    orders = -(-columns * fan_in // rows)
+
+    def part(key: jax.Array) -> jax.Array:
+        order_key, column_key = jax.random.split(key)
+
+        def draw(last_R: jax.Array, turn: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            begun, key = turn
+            taken_R = jnp.zeros(rows).at[last_R].set(jnp.arange(rows) >= rows - begun)
+            order_R = jnp.argsort(jax.random.uniform(key, (rows,)) + taken_R)
+            return order_R, order_R
+
+        begun = jnp.arange(orders) * rows % fan_in
+        _, found = jax.lax.scan(draw, jnp.arange(rows), (begun, jax.random.split(order_key, orders)))
+        row_CP = found.reshape(-1)[: columns * fan_in].reshape(columns, fan_in)
+        mask_CR = jnp.zeros((columns, rows), bool).at[jnp.arange(columns)[:, None], row_CP].set(True)
+        return jax.random.permutation(column_key, mask_CR).T
+
+    return jax.vmap(part)(jax.random.split(key, shards)).reshape(pattern.rows, columns)
+
+
 def matrix_keys(key: jax.Array, path: str, matrix: PackedMatrix) -> jax.Array:
     """Returns a key for each matrix of a stacked run and each of its experts, flat; as if the run were not stacked."""
     parts = path.split(".")
@@ -240,6 +269,8 @@ def initial_topologies(key: jax.Array, packed: Mapping[str, PackedMatrix], state
         keys = [matrix_keys(key, path, packed[path]) for path in paths]
 
         def draw(key: jax.Array, pattern: BlockPattern = pattern) -> BlockTopology:
+            if pattern.constant_fan_in:
+                return pattern.topology(even_mask(key, pattern))
             return pattern.topology(best_mask(jax.random.uniform(key, (pattern.rows, pattern.columns)), pattern))
 
         lists = lists_of(jax.vmap(draw)(jnp.concatenate(keys)))

@@ -51,7 +51,7 @@ class SparsitySchedule(Config):
 
     def changes(self, step: Any, steps: int) -> Any:
         """`due` without the dense tail."""
-        return jnp.bool_(False)
+        return False
 
     def turns(self, step: Any, steps: int) -> Any:
         """Says whether algorithms that train the weights behind the mask choose at this step."""

@@ -126,7 +126,7 @@ class MaskedSparsifier(Sparsifier):
 
         return {path: of(path) for path in self.leaves}
 
-    def due(self, step: jax.Array) -> jax.Array:
+    def due(self, step: Any) -> Any:
         """Says whether masks are chosen at a step."""
         when = self.schedule.turns if self.algorithm.steady else self.schedule.due
         return when(step, self.steps)
@@ -242,6 +242,10 @@ class MaskedSparsifier(Sparsifier):
         """See Sparsifier.replaces."""
         return self.due(step) if self.algorithm.replaces_step else False
 
+    def apart(self, step: int) -> bool:
+        """See Sparsifier.apart."""
+        return bool(self.due(step))
+
     def update(self, moment: Moment) -> Change:
         """See Sparsifier.update."""
         state = moment.sparsity
@@ -290,8 +294,9 @@ class MaskedSparsifier(Sparsifier):
             return after
 
         changing = {name: state[name] for name in ("masks", "ever", "counts") if name in state}
-        changed = jax.lax.cond(self.due(moment.step), change, lambda kept_state: kept_state, changing)
-        sparsity = {**changed, "mean": self._mean(state, moment.step)}
+        if moment.changes:
+            changing = jax.lax.cond(self.due(moment.step), change, lambda kept_state: kept_state, changing)
+        sparsity = {**changing, "mean": self._mean(state, moment.step)}
         if slots:
             sparsity["slots"] = {name: self.tree(arrays) for name, arrays in slots.items()}
         new = self.masks_of(sparsity)

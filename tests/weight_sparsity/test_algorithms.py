@@ -15,7 +15,7 @@ from sparse_lm.weight_sparsity.algorithms import Magnitude, Static
 from sparse_lm.weight_sparsity.allocation import Global
 from sparse_lm.weight_sparsity.behind import SRSTE, STE, AbsTopK, Movement, TopKAST
 from sparse_lm.weight_sparsity.flow import total_flow
-from sparse_lm.weight_sparsity.growth import SET, CHTs, RigL, SRigL, link_scores
+from sparse_lm.weight_sparsity.growth import SET, CHTs, RigL, SRigL, link_scores, path_scores, receptive_field
 from sparse_lm.weight_sparsity.masked import Masked
 from sparse_lm.weight_sparsity.saliency import SNIP, Wanda
 from sparse_lm.weight_sparsity.schedules import ConstantSparsity, LinearSparsity, OneShot, Periodic
@@ -106,6 +106,54 @@ def test_link_scores_by_hand() -> None:
     np.testing.assert_allclose(np.asarray(link_scores(jnp.asarray(mask.T))), found.T)
 
 
+def test_path_scores_by_hand() -> None:
+    # inputs 0: outputs {0, 1}; 1: {1, 2, 3}; 2: {0, 2}; 3: {2}
+    mask = np.array([[1, 1, 0, 0], [0, 1, 1, 1], [1, 0, 1, 0], [0, 0, 1, 0]], bool)
+    found = np.asarray(path_scores(jnp.asarray(mask)))
+    # link (0, 2), over two paths. 0 - output 1 - input 1 - 2: output 1 has inputs {0, 1}, of which 1 also reads into 2: 2 - 1 = 1.
+    # Input 1 has {1, 2, 3} and shares {1} with input 0: 3 - 1 = 2. 1 / sqrt(1 * 2).
+    # 0 - output 0 - input 2 - 2: output 0 has inputs {0, 2}, shares {2}: 1. Input 2 has {0, 2}, shares {0}: 1. 1 / sqrt(1 * 1).
+    assert found[0, 2] == pytest.approx(2**-0.5 + 1.0)
+    # link (3, 3), over 3 - output 2 - input 1 - 3 alone: output 2 has inputs {1, 2, 3} and shares {1} with output 3: 2; input 1 has
+    # {1, 2, 3} and shares {2} with input 3: 2. 1 / sqrt(2 * 2).
+    assert found[3, 3] == pytest.approx(0.5)
+    assert found[0, 3] == pytest.approx(0.5**0.5)  # 0 - output 1 (shares 1 of 2: 1) - input 1 (shares 1 of 3: 2) - 3
+    absent = ~mask
+    turned = np.asarray(
+        path_scores(jnp.asarray(np.stack([mask.T, mask.T])))
+    )  # symmetric in the roles; two matrices at once
+    np.testing.assert_allclose(turned[1].T[absent], found[absent], rtol=1e-6)
+
+
+def test_path_scores_equal_a_walk_over_all_paths() -> None:
+    """The matrix form against the definition: communities of paths collected as sets, links out of them counted."""
+    mask = np.random.default_rng(0).random((6, 5)) < 0.4
+    found = np.asarray(path_scores(jnp.asarray(mask)))
+    of = [set(np.flatnonzero(row)) for row in mask]  # outputs of each input
+    into = [set(np.flatnonzero(column)) for column in mask.T]
+    for i, j in zip(*np.nonzero(~mask), strict=True):
+        paths = [(b, a) for b in of[i] for a in into[j] if mask[a, b]]
+        outputs, inputs = {b for b, _ in paths} | {j}, {a for _, a in paths} | {i}
+        wanted = sum(((1 + len(into[b] - inputs)) * (1 + len(of[a] - outputs))) ** -0.5 for b, a in paths)
+        assert found[i, j] == pytest.approx(wanted, rel=1e-5, abs=1e-6), (i, j)
+
+
+def test_a_receptive_field_lies_near_its_output() -> None:
+    uniform = jax.random.uniform(jax.random.key(0), (8, 8))
+    # r near 0: weights (1 + d)^-9 and less reach no further than chance can carry them: each output's own input is drawn first.
+    near = np.asarray(receptive_field(uniform, 0.02))
+    assert (near.argmax(axis=0) == np.arange(8)).all()
+    # the circle closes: input 7 is one step from output 0, input 4 is four
+    assert (near[7, 0] > near[4, 0]) and (near[1, 0] > near[4, 0])
+    # r = 1: the order of the random numbers themselves
+    order = np.argsort(np.asarray(receptive_field(uniform, 1.0)).reshape(-1))
+    np.testing.assert_array_equal(order, np.argsort(np.asarray(uniform).reshape(-1)))
+    # by hand at r = 1 / 3 (exponent 2), 4 inputs and 2 outputs: distances of input 0 are 0 and 2, weights 1 and 1 / 9
+    half = jnp.full((4, 2), 0.5)
+    gap = np.asarray(receptive_field(half, 1 / 3))[0]
+    assert gap[0] - gap[1] == pytest.approx(2 * np.log(3.0), rel=1e-6)
+
+
 def test_chts_samples_links_that_paths_lead_to() -> None:
     # inputs 0: {0, 1}, 1: {1, 2}, 2: {3}, 3: {3}. With sharpening 1000 removal is by magnitude: 0.5 is dropped, its link (1, 2) gone,
     # so that 5 of 6 survive. Paths of length three then lead from input 1 to output 0 alone; all else has score zero.
@@ -113,8 +161,9 @@ def test_chts_samples_links_that_paths_lead_to() -> None:
     mask = np.asarray(weight) != 0
     schedule = dataclasses.replace(EXCHANGE, drop=1 / 6)
     config = Masked(density=6 / 16, algorithm=CHTs(sharpening=1e4), schedule=schedule)
+    by_path = dataclasses.replace(config, algorithm=CHTs(sharpening=1e4, links="path"))
     for seed in range(3):
-        after = one_step(config, weight, np.zeros((4, 4)), step=50, mask=mask, key=seed)
+        after = one_step(by_path if seed else config, weight, np.zeros((4, 4)), step=50, mask=mask, key=seed)
         expected = mask.copy()
         expected[1, 2], expected[1, 0] = False, True
         same(after.mask, expected)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.block_sparse_matmul import check_topology, dense_mask, topology_from_mask
-from sparse_lm.weight_sparsity.packed_matrix import BlockPattern, best_mask, ranks
+from sparse_lm.weight_sparsity.packed_matrix import BlockPattern, best_mask, even_mask, ranks
 from sparse_lm.weight_sparsity.topology_update import change_topology, companion_norms, moved, next_mask, on_grid
 
 # Four block rows, two block columns, two blocks in each column.
@@ -150,3 +150,24 @@ def test_norms_of_a_companion_are_those_of_the_product() -> None:
     blocks = (into @ out).reshape(4, 16, 2, 16)
     np.testing.assert_allclose(companion_norms(into, out, 16), (blocks**2).sum((1, 3)), rtol=1e-5)
     assert jax.eval_shape(lambda a, b: companion_norms(a, b, 16), into, out).shape == (4, 2)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        BlockPattern(16 * 8, 16 * 8, 16, 8 * 3),  # 3 of 8: columns begin in one order of the rows and end in the next
+        BlockPattern(16 * 8, 16 * 5, 16, 5 * 7),  # 7 of 8, and 35 blocks in 8 rows: four or five each
+        BlockPattern(16 * 12, 16 * 4, 16, 4 * 4, row_shards=2),  # 2 of 6 in each half of the rows
+    ],
+)
+def test_a_first_pattern_is_even_in_both_directions(pattern: BlockPattern) -> None:
+    draw = tiny.jit(jax.vmap(lambda key: even_mask(key, pattern)))
+    masks = np.asarray(draw(jax.random.split(jax.random.key(0), 100)))
+    assert (masks.sum(1) == pattern.fan_in).all()
+    halves = masks.reshape(100, pattern.row_shards, -1, pattern.columns)
+    assert (halves.sum(2) == pattern.fan_in // pattern.row_shards).all()
+    in_row = masks.sum(2)
+    assert (in_row.max(1) - in_row.min(1) <= 1).all()
+    # Every place is drawn about as often as any other: 100 draws at density p have a deviation of sqrt(p (1 - p) / 100) <= 0.05.
+    assert np.abs(masks.mean(0) - pattern.density).max() < 0.05 * 5
+    assert len({mask.tobytes() for mask in masks}) > 15
