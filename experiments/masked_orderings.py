@@ -31,6 +31,7 @@ from experiments.routing_report import interval
 from experiments.smoke import shrink
 from sparse_lm.data.packaged import Packaged
 from sparse_lm.data.pipeline import DataConfig, prepare, train_stream
+from sparse_lm.data.tokenizer import BPE
 from sparse_lm.layers.feed_forward import DenseFeedForward
 from sparse_lm.model.definition import define
 from sparse_lm.model.transformer import Model
@@ -239,9 +240,7 @@ def main() -> int:
         directory=options.data_directory,
     )
     if options.smoke:
-        data = dataclasses.replace(
-            data, sequence_length=32, tokenizer=dataclasses.replace(data.tokenizer, vocab_size=300)
-        )
+        data = dataclasses.replace(data, sequence_length=32, tokenizer=BPE(vocab_size=300))
     dataset = prepare(data)
     say = functools.partial(print, flush=True)
     say(f"data ready after {time.perf_counter() - began:.0f} s: {dataset.train_tokens:,} unique training tokens")

@@ -293,7 +293,7 @@ class MaskedSparsifier(Sparsifier):
             after["counts"] = self._counted(masks["mask"], mask, ever, progress)
             return after
 
-        changing = {name: state[name] for name in ("masks", "ever", "counts") if name in state}
+        changing: Tree = {name: state[name] for name in ("masks", "ever", "counts") if name in state}
         if moment.changes:
             changing = jax.lax.cond(self.due(moment.step), change, lambda kept_state: kept_state, changing)
         sparsity = {**changing, "mean": self._mean(state, moment.step)}
