@@ -34,7 +34,9 @@ def kernels(options: argparse.Namespace) -> None:
     from pallas_kernels.benchmark import parts
 
     alone = options.op != "all"
-    for operation in [options.op] if alone else ["block_sparse", "grouped", "libraries", "fused", "feed_forward"]:
+    for operation in (
+        [options.op] if alone else ["block_sparse", "grouped", "libraries", "fused", "feed_forward", "lookup"]
+    ):
         files = {
             f"{name}_path" if name == "json" else name: _beside(getattr(options, name), operation, alone)
             for name in ("json", "picture")
@@ -135,10 +137,19 @@ def memory(arguments: list[str]) -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000], help="rows of a table"
     )
-    parser.add_argument("--repeats", type=int, default=10, help="timed steps")
+    parser.add_argument("--repeats", type=int, default=60, help="timed steps")
+    parser.add_argument(
+        "--text",
+        choices=list(memory_benchmark.TEXTS),
+        default="words",
+        help="how tokens repeat: as in text, or drawn one by one",
+    )
+    parser.add_argument("--generate", action="store_true", help="also time generation, with each size")
     parser.add_argument("--json", help="write the numbers to this file")
     recipe, options = command_line.read_recipe(description, parser)
-    found = memory_benchmark.measure(recipe, options.sizes, repeats=options.repeats)
+    found = memory_benchmark.measure(
+        recipe, options.sizes, repeats=options.repeats, text=options.text, generation=options.generate
+    )
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
 
@@ -148,7 +159,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function, operations in (
-        ("kernels", kernels, ["block_sparse", "grouped", "libraries", "norms", "fused", "feed_forward", "all"]),
+        (
+            "kernels",
+            kernels,
+            ["block_sparse", "grouped", "libraries", "norms", "fused", "feed_forward", "lookup", "all"],
+        ),
         ("tune", tune, ["block_sparse", "grouped", "all"]),
     ):
         command = commands.add_parser(name, help=function.__doc__)

@@ -238,7 +238,7 @@ def _residual_bytes(definition: Definition, rows: int, length: int) -> int:
     )
 
     looked_up = {
-        name: jax.ShapeDtypeStruct((rows, length, len(table.primes) * table.width), table.dtype)
+        name: jax.ShapeDtypeStruct((rows, length, len(table.primes) * table.width), table.read_dtype)
         for name, table in definition.config.memory.tables().items()
     }
 

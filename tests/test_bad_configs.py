@@ -74,6 +74,7 @@ BAD: list[tuple[dict[str, Any], str, Any, str]] = [
     ({"model.memory": Engram(at=(2, 1))}, "model.memory.at", (2, 1), "ascending block numbers"),
     ({"model.memory": Engram(orders=(3, 2))}, "model.memory.orders", (3, 2), "ascending lengths from 1"),
     ({"model.memory": Engram(width=100)}, "model.memory.width", 100, "a multiple of heads (8)"),
+    ({"model.memory": Engram(width=48, dtype="float8")}, "model.memory.width", 48, "a multiple of 4 * heads"),
     ({"model.memory": Engram(rows=200_000_000)}, "model.memory.rows", 200_000_000, "counted in 31 bits"),
     ({"model.memory": Engram(gate="tanh")}, "model.memory.gate", "tanh", "Literal['sigmoid', 'signed_root', 'none']"),
     ({"model.memory": Engram(taps=17)}, "model.memory.taps", 17, "0 to 16"),

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import jax
 
-from pallas_kernels.benchmark import block_sparse, feed_forward, fused, grouped
+from pallas_kernels.benchmark import block_sparse, feed_forward, fused, grouped, lookup
 from pallas_kernels.benchmark.timing import has_device_timer
 
 
@@ -36,6 +36,7 @@ OPERATIONS: dict[str, Callable[[str | None], dict[str, Callable[[], list[dict]]]
     "libraries": grouped.library_parts,
     "fused": fused.parts,
     "feed_forward": feed_forward.parts,
+    "lookup": lookup.parts,
 }
 DRAW = {"block_sparse": block_sparse.draw, "grouped": grouped.draw}
 PACKAGES = ("jax", "jaxlib", "torch", "triton", "jax-triton", "tokamax")

@@ -4,9 +4,11 @@ Legend: B batch, L length, T valid tokens, H heads of a table.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,8 +17,14 @@ from sparse_lm.evaluate.load import Loaded
 from sparse_lm.memory.hashing import Hash, addresses_on_host, suffixes
 from sparse_lm.memory.host_array import HostArray
 from sparse_lm.memory.ngram import NgramMemory
-from sparse_lm.train.validation import MODEL_ARRAYS, build_eval_step
+from sparse_lm.model.cudnn_attention import documents_bucket
+from sparse_lm.model.definition import for_documents
+from sparse_lm.model.transformer import MEMORY
+from sparse_lm.train.population import over_members
+from sparse_lm.train.validation import MODEL_ARRAYS
 
+SEEN_OFTEN = 4
+"""Fewest tokens of an evaluated text after which an n-gram is listed by its mean gate."""
 BUCKETS = (0, 1, 2, 4, 8, 16, 64, 256, 1024)
 """Smallest count of each bucket of n-gram frequency."""
 
@@ -40,6 +48,28 @@ def without_memory(loaded: Loaded) -> Loaded:
     rows = {n: r.zeros() if isinstance(r, HostArray) else jnp.zeros_like(r) for n, r in tables["rows"].items()}
     zeroed = {**tables, "rows": rows}
     return dataclasses.replace(loaded, model_state={**loaded.model_state, "tables": zeroed})
+
+
+def build_step(loaded: Loaded) -> Callable[[Any, Any, dict[str, np.ndarray]], tuple[Any, dict[str, Any]]]:
+    """Builds (params, model_state, batch) -> (cross-entropy [B, L], {block: gate float32 [B, L]}), [P, B, L] each in a population."""
+
+    @functools.cache
+    def program(most_documents: int) -> Any:
+        sized = for_documents(loaded.definition, most_documents)
+
+        def run(params: Any, model_state: Any, batch: Any) -> Any:
+            losses_BL, aux = sized.token_losses(params, model_state, batch)
+            layers = {name.removeprefix(MEMORY): own for name, own in aux.choices.items() if name.startswith(MEMORY)}
+            return losses_BL, {block: own["gate"] for block, own in layers.items()}
+
+        return jax.jit(over_members(run, loaded.population, (0, 0, None)))
+
+    def step(params: Any, model_state: Any, batch: dict[str, np.ndarray]) -> tuple[Any, dict[str, Any]]:
+        most = loaded.definition.config.attention.max_documents
+        found = program(documents_bucket(most, int(batch["segments_BL"].max())))
+        return found(params, model_state, {name: jnp.asarray(batch[name]) for name in MODEL_ARRAYS})
+
+    return step
 
 
 def ngram_codes(hashing: Hash, batch: dict[str, np.ndarray], order: int) -> np.ndarray:
@@ -133,24 +163,31 @@ def by_frequency(
 
     Returns:
       {"tokens", "loss", "loss_without", "buckets": [{"from", "tokens", "loss", "loss_without"}], "top": [{"text", "tokens",
-      "gain"}]}: nats per token; top are the n-grams after which the memory gains most in all.
+      "gain"}], "top_gates": {block: [{"text", "tokens", "gate"}]}}: nats per token; top are the n-grams after which the memory gains most in
+      all, top_gates those with the widest mean gate of a block among n-grams of `SEEN_OFTEN` tokens and more.
     """
     memory, zeroed = memory_of(loaded), without_memory(loaded)
     hashing = next(iter(loaded.definition.hashes().values()))
-    step = build_eval_step(loaded.definition, loaded.population)
+    step = build_step(loaded)
     losses: list[np.ndarray] = []
     bare: list[np.ndarray] = []
     codes: list[np.ndarray] = []
+    gates: dict[str, list[np.ndarray]] = {}
     texts: dict[int, np.ndarray] = {}
     order = memory.orders[-1]
     for batch in validation_batches(
         loaded.dataset, loaded.recipe.data, domain, batch_size=batch_size, max_tokens=max_tokens
     ):
-        arrays = {name: jnp.asarray(batch[name]) for name in MODEL_ARRAYS}
         valid = batch["documents_BL"] >= 0
-        for run, into in ((loaded, losses), (zeroed, bare)):
-            nats = np.asarray(step(run.params, run.model_state, arrays), np.float64)
-            into.append(nats.reshape(-1, *valid.shape).mean(0)[valid])
+
+        def by_token(found: Any, valid: np.ndarray = valid) -> np.ndarray:
+            return np.asarray(found, np.float64).reshape(-1, *valid.shape).mean(0)[valid]
+
+        nats, gate = step(loaded.params, loaded.model_state, batch)
+        losses.append(by_token(nats))
+        bare.append(by_token(step(zeroed.params, zeroed.model_state, batch)[0]))
+        for block, gate_BL in gate.items():
+            gates.setdefault(block, []).append(by_token(gate_BL))
         code_BL = ngram_codes(hashing, batch, order)
         codes.append(code_BL[valid])
         for b, t in np.argwhere(valid):
@@ -170,16 +207,19 @@ def by_frequency(
     ]
     distinct, inverse = np.unique(code_T, return_inverse=True)
     gains, tokens = np.bincount(inverse, bare_T - loss_T), np.bincount(inverse)
-    top = [
-        {
-            "text": loaded.dataset.tokenizer.decode(texts[int(distinct[i])]),
-            "tokens": int(tokens[i]),
-            "gain": float(gains[i]),
-        }
-        for i in np.argsort(-gains)[:most]
-    ]
+
+    def listed(name: str, value: np.ndarray, order: np.ndarray) -> list[dict[str, Any]]:
+        found = [(texts[int(distinct[i])], int(tokens[i]), float(value[i])) for i in order[:most]]
+        return [{"text": loaded.dataset.tokenizer.decode(t), "tokens": n, name: v} for t, n, v in found]
+
+    often = np.flatnonzero(tokens >= SEEN_OFTEN)
+    top_gates = {}
+    for block, parts in gates.items():
+        mean = np.bincount(inverse, np.concatenate(parts)) / tokens
+        top_gates[block] = listed("gate", mean, often[np.argsort(-mean[often])])
+    top = listed("gain", gains, np.argsort(-gains))
     means = {"loss": float(loss_T.mean()), "loss_without": float(bare_T.mean())}
-    return {"tokens": len(loss_T), **means, "buckets": buckets, "top": top}
+    return {"tokens": len(loss_T), **means, "buckets": buckets, "top": top, "top_gates": top_gates}
 
 
 def evaluate_memory(
@@ -232,4 +272,7 @@ def summary(found: dict[str, Any]) -> list[str]:
             )
         best = ", ".join(f"{entry['text']!r} {entry['gain']:.0f}" for entry in row["top"][:8])
         lines.append(f"  most nats gained after: {best}")
+        for block, entries in row["top_gates"].items():
+            widest = ", ".join(f"{entry['text']!r} {entry['gate']:.2f}" for entry in entries[:8])
+            lines.append(f"  widest gate of block {block} after: {widest}")
     return lines

@@ -210,6 +210,8 @@ def without(choices: Any, layer: int, expert: int, experts: int) -> Any:
     """Returns recorded choices with one expert of one block taken out."""
     changed = dict(choices)
     for run, parts in choices.items():
+        if "feed_forward" not in parts:
+            continue
         first, _, last = run.partition("_to_")
         if not int(first) <= layer <= int(last or first):
             continue

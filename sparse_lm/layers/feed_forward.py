@@ -42,7 +42,8 @@ class Aux(NamedTuple):
       objective: {"tokens": sum, "groups": sum}: weighted auxiliary losses, summed over tokens and over routing groups.
       metrics: {name: (sum, count)}.
       statistics: {path: counts} that `advance` turns into the next model state.
-      choices: {router of the block: int32 experts of each token [B, L, R]}, which `TokenInfo.replay` takes.
+      choices: {router of the block: int32 experts of each token [B, L, R]}, which `TokenInfo.replay` takes; of a memory layer {"gate":
+        float32 [B, L]}, which is only read.
     """
 
     objective: dict[str, jax.Array]

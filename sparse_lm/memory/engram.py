@@ -168,8 +168,7 @@ class EngramLayer(nnx.Module):
             hidden_BLMD = rms_norm(x_BLMD, self.hidden_norm[...], self.epsilon)
             gate_BLM = gate(hidden_BLMD, rms_norm(keys_BLMD, self.key_norm[...], self.epsilon), config.gate)
             v_BLMD = (gate_BLM[..., None] * v_BLMD).astype(dtype)
-            valid_BL = (segments_BL > 0).astype(jnp.float32)
-            metrics["gate"] = (jnp.sum(jnp.mean(gate_BLM, axis=-1) * valid_BL), jnp.sum(valid_BL))
+            metrics["gate"] = jnp.mean(gate_BLM, axis=-1)
         v_BLMD = jnp.broadcast_to(v_BLMD, shape)
         if not config.taps:
             return v_BLMD, metrics, jnp.zeros((*shape[:2], 0), dtype)

@@ -6,8 +6,23 @@ Legend: B batch, L length, H heads, R rows, D row width, X = H * D.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+
+from pallas_kernels.embedding_lookup import unpack
+
+
+def as_records(rows_RD: np.ndarray) -> np.ndarray:
+    """Returns rows [R, ...] as R records of bytes that share their memory: numpy copies a record in one piece, a row as a subarray.
+
+    Raises:
+      ValueError: when the rows are not contiguous.
+    """
+    if rows_RD.ndim == 1:
+        return rows_RD
+    row = rows_RD.dtype.itemsize * int(np.prod(rows_RD.shape[1:]))
+    return rows_RD.reshape(len(rows_RD), -1).view(np.dtype((np.void, row)))[:, 0]
 
 
 @jax.tree_util.register_static
@@ -36,6 +51,10 @@ class HostArray:
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.values, dtype, copy=copy)
 
+    def records(self) -> np.ndarray:
+        """Returns the rows as one-dimensional records, which share the memory."""
+        return as_records(self.values)
+
     def copy(self) -> "HostArray":
         """Returns a copy."""
         return HostArray(self.values.copy())
@@ -47,11 +66,13 @@ class HostArray:
     def look_up(self, address_BLH: jax.Array) -> jax.Array:
         """Returns what `table.look_up` does, fetched while the program runs; for evaluation and generation, it has no gradient."""
         batch, length, heads = address_BLH.shape
-        shape = jax.ShapeDtypeStruct((batch, length, heads * self.shape[1]), self.dtype)
-        return jax.pure_callback(self._rows, shape, address_BLH)
+        shape = jax.ShapeDtypeStruct((batch, length, heads, self.shape[1]), self.dtype)
+        found = jax.pure_callback(self._rows, shape, address_BLH)
+        return (unpack(found) if self.dtype == jnp.uint32 else found).reshape(batch, length, -1)
 
     def _rows(self, address_BLH: Any) -> np.ndarray:
         address_A = np.asarray(address_BLH).reshape(-1)
-        found_AD = np.take(self.values, address_A, axis=0, mode="clip")
+        records_A = np.take(self.records(), address_A, mode="clip")
+        found_AD = records_A.view(self.dtype).reshape(len(address_A), -1)
         found_AD[address_A >= self.shape[0]] = 0
-        return found_AD.reshape(*address_BLH.shape[:2], -1)
+        return found_AD.reshape(*address_BLH.shape, -1)

@@ -16,10 +16,11 @@ Legend: B batch, L length, H heads, U distinct rows of a batch, C rows of its wo
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -27,7 +28,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from sparse_lm.memory.hashing import Hash
-from sparse_lm.memory.host_array import HostArray
+from sparse_lm.memory.host_array import HostArray, as_records
 from sparse_lm.memory.memory import Memory
 from sparse_lm.memory.placement import OnHost
 from sparse_lm.memory.working_set import Wanted, forwarded, places_in, wanted_rows
@@ -38,6 +39,8 @@ THREADS = 8
 """Most threads that copy rows."""
 PIECE = 1 << 12
 """Rows that a thread copies at a time."""
+PARTS = ("gather", "to_device", "step", "to_host", "scatter")
+"""What the moving thread does for a step: rows into staging memory, their transfer begun; a step waited for, its rows back, into the table."""
 
 
 class Tables(Protocol):
@@ -120,10 +123,13 @@ class HostTables:
         self._written: Tree | None = None
         self._last_write: concurrent.futures.Future = concurrent.futures.Future()
         self._last_write.set_result(None)
-        self._clear()
-
-    def _clear(self) -> None:
-        self._steps, self._wait_s, self._rows, self._bytes = 0, 0.0, 0, 0
+        self._staging: dict[tuple[int, int, int], np.ndarray] = {}
+        self._fetched = 0
+        self._on_cpu = next(iter(sharding.device_set)).platform == "cpu"
+        # Seconds and counts since the start: each is added to by one thread only, and `read` takes differences.
+        self._spent = dict.fromkeys(("wait", *PARTS), 0.0)
+        self._moved = {"steps": 0, "rows": 0, "bytes": 0}
+        self._said: dict[str, float] = {**self._spent, **self._moved}
 
     def find(self, batch: dict[str, np.ndarray]) -> Wanted:
         """See Tables.find."""
@@ -145,15 +151,14 @@ class HostTables:
 
     def lend(self, tables: Tree) -> Tree:
         """See Tables.lend."""
-        start = time.perf_counter()
         self._running, future = self._fetches.popleft()
-        places, fetched, source = future.result()
-        self._wait_s += time.perf_counter() - start
+        with self._timed("wait"):
+            places, fetched, source = future.result()
         if self._written is not None:
             fetched = forwarded(fetched, self._written, source)
-        self._steps += 1
-        self._rows += sum(map(len, self._running.unique.values()))
-        self._bytes += sum(leaf.nbytes for leaf in jax.tree.leaves(fetched))
+        self._moved["steps"] += 1
+        self._moved["rows"] += sum(map(len, self._running.unique.values()))
+        self._moved["bytes"] += sum(leaf.nbytes for leaf in jax.tree.leaves(fetched))
         return {"places": places, **fetched}
 
     def give_back(self, tables: Tree) -> Tree:
@@ -173,15 +178,23 @@ class HostTables:
 
     def read(self) -> dict[str, float]:
         """See Tables.read: means over the steps handed over since the last call; bytes go to the device and as many come back."""
-        if not self._steps:
+        now = {**self._spent, **self._moved}
+        new = {name: value - self._said[name] for name, value in now.items()}
+        if not new["steps"]:
             return {}
-        found = {
-            "memory/fetch_wait_ms": 1e3 * self._wait_s / self._steps,
-            "memory/fetched_rows": self._rows / self._steps,
-            "memory/fetched_mb": self._bytes / 1e6 / self._steps,
+        self._said = now
+        return {
+            "memory/fetch_wait_ms": 1e3 * new["wait"] / new["steps"],
+            "memory/fetched_rows": new["rows"] / new["steps"],
+            "memory/fetched_mb": new["bytes"] / 1e6 / new["steps"],
+            **{f"memory/{part}_ms": 1e3 * new[part] / new["steps"] for part in PARTS},
         }
-        self._clear()
-        return found
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._spent[name] += time.perf_counter() - start
 
     def close(self) -> None:
         """See Tables.close."""
@@ -191,46 +204,64 @@ class HostTables:
     def _fetch(self, wanted: Wanted, before: Wanted | None, last_write: concurrent.futures.Future) -> tuple[Any, ...]:
         """Returns (places, rows and slots, where the step before holds them), on the device."""
         last_write.result()  # raises here what failed there
-        fetched = {
-            part: {
-                n: jax.tree.map(functools.partial(self._gather, wanted, n), tree, is_leaf=_is_host)
-                for n, tree in of.items()
+        self._fetched += 1
+        with self._timed("gather"):
+            fetched = {
+                part: {
+                    n: jax.tree.map(functools.partial(self._gather, wanted, n), tree, is_leaf=_is_host)
+                    for n, tree in of.items()
+                }
+                for part, of in self._parts()
             }
-            for part, of in self._parts()
-        }
         source = {
             n: places_in(unique, wanted.sizes[n], before.unique[n], before.sizes[n])
             for n, unique in wanted.unique.items()
             if before is not None
         }
-        return jax.block_until_ready(jax.device_put((wanted.places, fetched, source), self._sharding))
+        with self._timed("to_device"):
+            # Not waited for: a transfer may begin only when the device has done what was enqueued before, and the step that reads these
+            # rows can be enqueued meanwhile.
+            return jax.device_put((wanted.places, fetched, source), self._sharding)
 
     def _write(self, wanted: Wanted, written: Tree, last_write: concurrent.futures.Future) -> None:
         """Puts the rows and slots of a step into host memory."""
         last_write.result()
-        for part, of in self._parts():
-            for name, tree in of.items():
-                put = functools.partial(self._scatter, wanted.unique[name])
-                jax.tree.map(put, tree, written[part][name], is_leaf=_is_host)
+        with self._timed("step"):
+            jax.block_until_ready(written)
+        with self._timed("to_host"):
+            arrived = jax.tree.map(np.asarray, written)
+        with self._timed("scatter"):
+            for part, of in self._parts():
+                for name, tree in of.items():
+                    put = functools.partial(self._scatter, wanted.unique[name])
+                    jax.tree.map(put, tree, arrived[part][name], is_leaf=_is_host)
 
     def _parts(self) -> list[tuple[str, Tree]]:
         return [(part, self._tables[part]) for part in ("rows", "slots")]
 
     def _gather(self, wanted: Wanted, name: str, held: HostArray) -> np.ndarray:
-        unique_U, table = wanted.unique[name], held.values
-        out = np.zeros((wanted.sizes[name], *table.shape[1:]), table.dtype)
+        unique_U, size = wanted.unique[name], wanted.sizes[name]
+        # Memory that was used before has its pages; new memory of this size would fault for each of them in every step. It was last used
+        # by the fetch `ahead` + 1 steps ago, whose step has been written back by now. What is put on a CPU may stay where it is and
+        # must not change.
+        place = id(held), size, self._fetched % (self._ahead + 1)
+        out = self._staging.get(place)
+        if out is None or self._on_cpu:
+            out = self._staging[place] = np.zeros((size, *held.shape[1:]), held.dtype)
+        records_R, records_U = held.records(), as_records(out)[: len(unique_U)]
+        out[len(unique_U) :] = 0
 
         def copy(part: slice) -> None:
-            np.take(table, unique_U[part], axis=0, out=out[: len(unique_U)][part], mode="clip")
+            np.take(records_R, unique_U[part], out=records_U[part], mode="clip")
 
         self._share(copy, len(unique_U))
         return out
 
-    def _scatter(self, unique_U: np.ndarray, held: HostArray, new: jax.Array) -> None:
-        new_CD = np.asarray(new)
+    def _scatter(self, unique_U: np.ndarray, held: HostArray, new_CD: np.ndarray) -> None:
+        records_R, records_C = held.records(), as_records(new_CD)
 
         def copy(part: slice) -> None:
-            held.values[unique_U[part]] = new_CD[: len(unique_U)][part]
+            records_R[unique_U[part]] = records_C[: len(unique_U)][part]
 
         self._share(copy, len(unique_U))
 

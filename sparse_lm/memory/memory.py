@@ -103,7 +103,7 @@ class Memory(Config):
         """Builds a module with `__call__(x_BLD, rows_BLX, segments_BL, history) -> (delta_BLD, metrics, values_BLD)`.
 
         `history` is (values [B, W, D], segments [B, W]) of the positions before these, or None; the values returned are those of
-        these positions. metrics are (sum, count) pairs.
+        these positions. metrics are float32 [B, L] by name.
         """
         raise NotImplementedError
 
@@ -147,7 +147,7 @@ def host_rows(memory: Memory, key: jax.Array) -> Tree:
                 drawn = jax.jit(lambda key, spec=spec: spec.create(key)[0])(jax.random.fold_in(key, i))
             rows[name] = HostArray(np.array(drawn))
         else:
-            rows[name] = HostArray(np.zeros((spec.rows, spec.width), spec.dtype))
+            rows[name] = HostArray(np.zeros((spec.rows, spec.stored[0]), spec.stored[1]))
     slots = {
         name: {slot: HostArray(np.zeros((spec.rows, *s.shape), s.dtype)) for slot, s in found.items()}
         for name, spec in memory.tables().items()

@@ -42,8 +42,8 @@ class NgramMemory(Memory):
     """What n-grams are made of: classes of tokens that read the same, or token ids."""
     addressing: Literal["ngram", "shuffled"] = "ngram"
     """shuffled mixes the position into the hash: as many rows and operations, but a row no longer belongs to an n-gram. A control."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the rows; slots and updates are float32."""
+    dtype: Literal["float32", "bfloat16", "float8"] = "float32"
+    """Dtype of the rows; slots and updates are float32. float8: a power-of-two scale for each 32 numbers, stochastic rounding."""
     deviation: float = 0.0
     """Standard deviation of the initial rows. Zero: an n-gram never seen in training adds nothing."""
     seed: int = 0
@@ -62,6 +62,8 @@ class NgramMemory(Memory):
         self.require(self.orders[-1] <= 16, "orders", "lengths of at most 16")
         self.require(self.heads >= 1, "heads", "at least 1")
         self.require(self.width >= 1 and self.width % self.heads == 0, "width", f"a multiple of heads ({self.heads})")
+        if self.dtype == "float8" and self.width // self.heads % 4:
+            raise ConfigError("width", self.width, f"a multiple of 4 * heads ({4 * self.heads}) for rows of float8")
         self.require(self.rows >= 2, "rows", "at least 2")
         self.require(self.deviation >= 0, "deviation", "0 or above")
         self.require(self.seed >= 0, "seed", "0 or above")
@@ -92,7 +94,8 @@ class NgramMemory(Memory):
         """See Memory.tables."""
         names = list(dict.fromkeys(self.table_of(block) for block in self.at))
         primes = distinct_primes(len(names), len(self.orders), self.heads, self.rows)
-        width, dtype = self.width // self.heads, jnp.dtype(self.dtype)
+        dtype = jnp.dtype(jnp.float8_e4m3fn if self.dtype == "float8" else self.dtype)
+        width = self.width // self.heads
         return {name: TableSpec(own, width, dtype, self.optimizer, self.deviation) for name, own in zip(names, primes)}
 
     def hashes(self, vocab_size: int, classes: TokenClasses | None) -> dict[str, Hash]:

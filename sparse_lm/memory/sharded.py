@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.embedding_lookup import unpack
 from sparse_lm.memory.row_optimizer import RowOptimizer, Slots
 from sparse_lm.memory.table import TableSpec, sort_addresses, sum_duplicates, update_rows
 from sparse_lm.parallel.rules import spec_of, split_tokens
@@ -128,6 +129,7 @@ def look_up_sharded(mesh: AbstractMesh, axes: tuple[str, ...], rows_RD: jax.Arra
     )
     def collect(rows_RD: jax.Array, address_BLH: jax.Array) -> jax.Array:
         found_AD = _collect(rows_RD, address_BLH.reshape(-1), axes, shards)
+        found_AD = unpack(found_AD) if found_AD.dtype == jnp.uint32 else found_AD
         return found_AD.reshape(*address_BLH.shape[:2], -1)
 
     return collect(rows_RD, address_BLH)

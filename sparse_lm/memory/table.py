@@ -3,6 +3,11 @@
 A state of tables is {"address": {table: Hash as a dict}, "rows": {table: [R, D]}, "slots": {table: {name: [R, ...]}}}. R is rounded
 up, so that any usual mesh divides it, and row R itself does not exist: it is the address of padding, reads zero and takes no update.
 
+Rows of float8 are held as words, numbers and scales together (`pallas_kernels/embedding_lookup/float8_rows.py`), so whatever moves rows
+moves them as they are. A step unpacks the rows it touches, steps in float32 and rounds stochastically: a step is often smaller than half
+the distance of two float8 numbers, and rounding to nearest would lose it every time. The random bits are a hash of step, column and the number
+to be rounded itself, so they are the same on any mesh and in either placement.
+
 Legend: B batch, L length, H heads, A addresses of a step, U touched rows (at most A), R rows, D row width, X = H * D.
 """
 
@@ -13,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.embedding_lookup import embedding_lookup, pack, row_words, unpack
 from sparse_lm.memory.hashing import Hash
 from sparse_lm.memory.row_optimizer import RowOptimizer, Slots
 
@@ -29,7 +35,7 @@ class TableSpec:
     Attributes:
       primes: rows of each head, order after order.
       width: row width D.
-      dtype: of the rows.
+      dtype: of the rows' numbers; float8_e4m3fn: packed.
       optimizer: of the rows.
       deviation: standard deviation of the initial rows.
     """
@@ -50,11 +56,29 @@ class TableSpec:
         """Rows R that are held."""
         return -(-self.addressed // ROWS_MULTIPLE) * ROWS_MULTIPLE
 
+    @property
+    def packed(self) -> bool:
+        """Whether rows are float8 with scales."""
+        return jnp.dtype(self.dtype) == jnp.float8_e4m3fn
+
+    @property
+    def stored(self) -> tuple[int, Any]:
+        """(length, dtype) of a row as it is held."""
+        return (row_words(self.width), jnp.dtype(jnp.uint32)) if self.packed else (self.width, self.dtype)
+
+    @property
+    def read_dtype(self) -> Any:
+        """Dtype of what is looked up."""
+        return jnp.dtype(jnp.bfloat16) if self.packed else self.dtype
+
     def create(self, key: jax.Array) -> tuple[jax.Array, Slots]:
-        """Returns (rows [R, D], slots) at the start of a run."""
-        rows_RD = jnp.zeros((self.rows, self.width), self.dtype)
+        """Returns (rows [R, D], or [R, words] of float8, slots) at the start of a run."""
+        length, dtype = self.stored
+        rows_RD = jnp.zeros((self.rows, length), dtype)
         if self.deviation:
-            rows_RD = self.deviation * jax.random.normal(key, rows_RD.shape, self.dtype)
+            drawn = jnp.float32 if self.packed else self.dtype
+            rows_RD = self.deviation * jax.random.normal(key, (self.rows, self.width), drawn)
+            rows_RD = pack(rows_RD) if self.packed else rows_RD
         slots = self.optimizer.slots(self.width)
         return rows_RD, {name: jnp.zeros((self.rows, *s.shape), s.dtype) for name, s in slots.items()}
 
@@ -66,8 +90,17 @@ class TableSpec:
 
 def look_up(rows_RD: jax.Array, address_BLH: jax.Array) -> jax.Array:
     """Returns the rows of every position, heads side by side, [B, L, X]; address R reads zeros."""
-    found = rows_RD.at[address_BLH].get(mode="fill", fill_value=0)
-    return found.reshape(*address_BLH.shape[:2], -1)
+    return embedding_lookup(rows_RD, address_BLH).reshape(*address_BLH.shape[:2], -1)
+
+
+def random_bits(x_UD: jax.Array, step: jax.Array) -> jax.Array:
+    """Returns uint32 [U, D] bits for rounding float32 numbers at a step: MurmurHash3's finalizer of step, column and number."""
+    column_D = jnp.arange(x_UD.shape[-1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B1)
+    bits = jax.lax.bitcast_convert_type(x_UD, jnp.uint32) ^ column_D
+    bits = bits + jnp.asarray(step).astype(jnp.uint32) * jnp.uint32(0xC2B2AE3D)
+    bits = (bits ^ bits >> 16) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ bits >> 13) * jnp.uint32(0xC2B2AE35)
+    return bits ^ bits >> 16
 
 
 class Runs(NamedTuple):
@@ -170,8 +203,12 @@ def update_rows(
 
     held = {name: get(slot) for name, slot in slots.items()}
     direction_UD, new_slots = optimizer.direction(grads_UD, held, step)
-    new_UD = get(rows_RD).astype(jnp.float32) - rate * direction_UD
-    return put(rows_RD, new_UD), {name: put(slots[name], new_slots[name]) for name in slots}
+    packed, rows_UD = rows_RD.dtype == jnp.uint32, get(rows_RD)
+    rows_UD = unpack(rows_UD, jnp.float32) if packed else rows_UD.astype(jnp.float32)
+    new_UD = rows_UD - rate * direction_UD
+    return put(rows_RD, pack(new_UD, random_bits(new_UD, step)) if packed else new_UD), {
+        name: put(slots[name], new_slots[name]) for name in slots
+    }
 
 
 def update(

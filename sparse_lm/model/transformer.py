@@ -225,8 +225,10 @@ class Transformer(nnx.Module):
             return nnx.merge(graph, state)(x_BLD, rows_BLX, info.segments_BL, past)
 
         table = self.config.memory.table_of(int(block))
-        delta_BLD, metrics, values = _with_remat(apply, self.config)(state, x_BLD, rows[table])
-        return as_tokens(x_BLD + delta_BLD), (no_aux()._replace(metrics=metrics), values)
+        delta_BLD, each_BL, values = _with_remat(apply, self.config)(state, x_BLD, rows[table])
+        valid_BL = (info.segments_BL > 0).astype(jnp.float32)
+        metrics = {name: (jnp.sum(own_BL * valid_BL), jnp.sum(valid_BL)) for name, own_BL in each_BL.items()}
+        return as_tokens(x_BLD + delta_BLD), (no_aux()._replace(metrics=metrics, choices=each_BL), values)
 
 
 def _with_remat(apply: Callable, config: Model) -> Callable:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import tiny
 
+from pallas_kernels.embedding_lookup import pack
 from sparse_lm.memory.engram import Engram
 from sparse_lm.memory.host_array import HostArray
-from sparse_lm.memory.host_tables import HostTables
+from sparse_lm.memory.host_tables import PARTS, HostTables
 from sparse_lm.memory.memory import fetch, host_rows, initial_tables, update_tables
 from sparse_lm.memory.ngram import NgramMemory
 from sparse_lm.memory.placement import OnHost, StaleHost
@@ -46,8 +47,8 @@ def take_step(memory: NgramMemory, tables: Any, batch: Any, number: jax.Array, s
 
 
 @functools.cache
-def on_device(optimizer: RowOptimizer) -> Any:
-    chosen = memory(optimizer)
+def on_device(optimizer: RowOptimizer, dtype: str) -> Any:
+    chosen = memory(optimizer, dtype=dtype)
     step = tiny.jit(functools.partial(take_step, chosen))
     tables = initial_tables(chosen, chosen.hashes(tiny.VOCABULARY, None), jax.random.key(3))
     for i, batch in enumerate(BATCHES):
@@ -81,13 +82,28 @@ def on_host(chosen: NgramMemory, batches: list[Any] = BATCHES, delay: float = 0.
     return tables, row, sum(found.full for found in wanted)
 
 
-@pytest.mark.parametrize("optimizer", [TouchAdam(), LazyAdam(), RowAdagrad(), RowSGD()], ids=lambda o: type(o).__name__)
-def test_host_and_device_are_bitwise_equal(optimizer: RowOptimizer) -> None:
-    expected = on_device(optimizer)
-    found, row, full = on_host(memory(optimizer, placement=OnHost()), delay=0.01)
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"),
+    [
+        (TouchAdam(), "float32"),
+        (LazyAdam(), "float32"),
+        (RowAdagrad(), "float32"),
+        (RowSGD(), "float32"),
+        (RowAdagrad(), "float8"),
+    ],
+    ids=lambda o: o if isinstance(o, str) else type(o).__name__,
+)
+def test_host_and_device_are_bitwise_equal(optimizer: RowOptimizer, dtype: str) -> None:
+    expected = on_device(optimizer, dtype)
+    found, row, full = on_host(memory(optimizer, dtype=dtype, placement=OnHost()), delay=0.01)
     tiny.assert_same(found, {part: expected[part] for part in ("rows", "slots")})
     assert full == 0 and row["memory/fetch_wait_ms"] > 0
-    assert 50 < row["memory/fetched_rows"] < 4 * 48 and row["memory/fetched_mb"] >= 4 * 4 * 192 / 1e6
+    # A row is 4 floats of 4 bytes; of float8 4 bytes, 4 with its scale, and a sum of squares.
+    assert (
+        50 < row["memory/fetched_rows"] < 4 * 48
+        and row["memory/fetched_mb"] >= (12 if dtype == "float8" else 16) * 192 / 1e6
+    )
+    assert all(row[f"memory/{part}_ms"] > 0 for part in PARTS)
 
 
 def test_a_batch_that_outgrows_its_room_takes_the_full_program() -> None:
@@ -154,6 +170,9 @@ def test_a_lookup_in_host_memory() -> None:
     found = tiny.jit(lambda held, a: held["rows"].look_up(a))({"rows": HostArray(rows)}, address)
     tiny.assert_same({"": found}, {"": look_up(jnp.asarray(rows), address)})
     assert np.asarray(found).tolist() == [[[0, 1, 2, 0, 0, 0], [9, 10, 11, 3, 4, 5]]]
+    packed = tiny.jit(pack)(jnp.arange(16, dtype=jnp.float32).reshape(4, 4))
+    found = tiny.jit(lambda held, a: held["rows"].look_up(a))({"rows": HostArray(np.asarray(packed))}, address)
+    assert np.asarray(found, np.float32).tolist() == [[[0, 1, 2, 3, 0, 0, 0, 0], [12, 13, 14, 15, 4, 5, 6, 7]]]
 
 
 def test_a_failed_write_is_raised() -> None:

@@ -11,7 +11,7 @@ import tiny
 from sparse_lm.config import ConfigError
 from sparse_lm.evaluate.generate import Generator, Sampling
 from sparse_lm.evaluate.load import open_run
-from sparse_lm.evaluate.memory import occupancy, training_batches, without_memory
+from sparse_lm.evaluate.memory import SEEN_OFTEN, evaluate_memory, occupancy, summary, training_batches, without_memory
 from sparse_lm.memory.engram import Engram
 from sparse_lm.memory.host_array import HostArray
 from sparse_lm.memory.placement import OnDevice, OnHost
@@ -130,3 +130,16 @@ def test_the_plan_says_where_bytes_live(folder: pathlib.Path) -> None:
     address = device.bytes["memory_rows"]["tables"] - 52 * rows
     # 4 x 32 tokens have 4 addresses each, 0.6 of them make 308 rows of 52 bytes; three working sets are held at once.
     assert host.bytes["memory_rows"]["tables"] == address + 3 * (52 * 308 + 4 * 512)
+
+
+def test_ngrams_are_listed_by_gain_and_by_gate(runs: dict[str, pathlib.Path]) -> None:
+    run = open_run(runs["device"])
+    (domain,) = run.dataset.domains
+    found = evaluate_memory(run, [domain], batch_size=4, max_tokens=400, training_steps=2)
+    row = found["domains"][domain]
+    gates = row["top_gates"]["0"]
+    assert gates and all(entry["tokens"] >= SEEN_OFTEN and 0 < entry["gate"] < 1 for entry in gates)
+    assert [entry["gate"] for entry in gates] == sorted((entry["gate"] for entry in gates), reverse=True)
+    assert len({entry["text"] for entry in gates}) == len(gates)
+    assert len({entry["gain"] for entry in row["top"]}) > 1 and row["loss"] != row["loss_without"]
+    assert any("widest gate of block 0 after: " in line for line in summary(found))
