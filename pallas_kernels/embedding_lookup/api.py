@@ -1,7 +1,7 @@
 """embedding_lookup: rows of a large table, zeros for addresses that the table does not have.
 
-A lookup has no gradient with respect to its table. The gradient of a table is as large as the table and zero nearly everywhere, so
-the lookup stands outside the differentiated function: differentiate with respect to the rows it returned, and update only those.
+The gradient of a table is as large as the table and zero nearly everywhere. It is given, for small tables and as an oracle; training
+looks rows up outside the differentiated function, differentiates with respect to what came, and updates only those rows.
 
 Legend: A addresses, R rows, D numbers of a row, W words of a packed row.
 """
@@ -45,17 +45,22 @@ def _operation(backend: str | None):
         # Tables of their own: XLA gathers along both dimensions.
         return jax.vmap(xla.lookup, (0, 0 if in_batched[1] else None))(table, address), True
 
-    @jax.custom_jvp
+    @jax.custom_vjp
     def operation(table_RD, address_A):
         return lookup(table_RD, address_A)
 
-    @operation.defjvp
-    def refuse(primals, tangents):
-        raise TypeError(
-            "embedding_lookup has no gradient with respect to its table: look rows up outside the differentiated function, "
-            "differentiate with respect to them and update those rows."
-        )
+    def forward(table_RD, address_A):
+        return lookup(table_RD, address_A), (table_RD, address_A)
 
+    def backward(kept, dy_AD):
+        table_RD, address_A = kept
+        if table_RD.dtype == jnp.uint32:
+            return None, None
+        zeros_RD = jnp.zeros(table_RD.shape, jnp.float32)
+        options = {"mode": "drop", "wrap_negative_indices": False}
+        return zeros_RD.at[address_A].add(dy_AD.astype(jnp.float32), **options).astype(table_RD.dtype), None
+
+    operation.defvjp(forward, backward)
     return jax.jit(operation)
 
 
@@ -68,11 +73,11 @@ def embedding_lookup(table: jax.Array, address: jax.Array, *, backend: str | Non
         backend: "triton", "xla", "reference", or None for the best one on each platform.
 
     Returns:
-        [..., D] in the table's dtype, bfloat16 for packed rows (exactly what is stored); zeros for addresses of no row.
+        [..., D] in the table's dtype, bfloat16 for packed rows (exactly what is stored); zeros for addresses of no row. The gradient of a
+        floating table adds up, in float32, those of the rows that were read; packed rows have none.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or `backend` is unknown or unsupported.
-        TypeError: it is differentiated with respect to the table.
     """
     table, address = jnp.asarray(table), jnp.asarray(address)
     if table.ndim != 2:
