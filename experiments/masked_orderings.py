@@ -154,7 +154,12 @@ class Arm:
         jax.block_until_ready(state)
         seconds = time.perf_counter() - start
         losses = np.stack([np.asarray(pulse)[:, PULSE.index("loss")] for pulse in pulses])
-        return {"state": state, "losses": losses, "density": density(self.numbers(state.sparsity)), "seconds": seconds}
+        return {
+            "state": state,
+            "losses": losses,
+            "density": density(self.numbers(state.sparsity) if state.sparsity else {}),
+            "seconds": seconds,
+        }
 
     def held_out(self, state: Any, dataset: Any, data: DataConfig) -> np.ndarray:
         """Returns the validation loss of each member over all domains, nats a token."""
