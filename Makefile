@@ -21,7 +21,7 @@ fast := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0"
 fake_devices := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint clean
+.PHONY: help quickstart test test-faults test-all lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,11 +40,14 @@ quickstart: $(ready)  ## train a small sparse language model on real text and wr
 	@$(python) scripts/pretrain.py quickstart
 	@echo "The report of the run: $(CURDIR)/runs/quickstart/report.html"
 
-test: $(ready)  ## the tests, without the slow ones
-	$(fast) $(python) -m pytest $(workers) -m "not slow" --ignore=tests/multidevice
+test: $(ready)  ## the tests, without the slow ones and those of faults
+	$(fast) $(python) -m pytest $(workers) -m "not slow and not faults" --ignore=tests/multidevice
 ifneq ($(multidevice),)
-	$(fake_devices) $(python) -m pytest $(workers) -m "not slow" $(multidevice)
+	$(fake_devices) $(python) -m pytest $(workers) -m "not slow and not faults" $(multidevice)
 endif
+
+test-faults: $(ready)  ## twenty kills that change no bit, processes that train together and lose each other
+	$(fast) $(python) -m pytest $(workers) -m "faults and not slow" tests/train tests/multiprocess
 
 test-all: $(ready)  ## every test, slow ones included
 	$(fast) $(python) -m pytest $(workers) --ignore=tests/multidevice

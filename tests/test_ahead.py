@@ -17,6 +17,7 @@ from sparse_lm.routing.experts import MoEFeedForward
 from sparse_lm.routing.top_k import TopKRouter
 
 
+@pytest.mark.slow
 def test_what_a_routed_step_sends_on_gpus(tmp_path) -> None:
     recipe = tiny.recipe(tmp_path, tiny.MOE, data__batch_size=8, model__remat="block")
     ahead = look_ahead(dataclasses.replace(recipe, mesh=MeshShape(data=1, fsdp=2, expert=4)), topology("h100:8"))

@@ -42,7 +42,6 @@ ROUTERS: dict[str, Router] = {
     "expert_choice": ExpertChoiceRouter(k=2),
     "sinkhorn": SinkhornRouter(k=1),
 }
-FAST = ("expert_choice",)
 BATCH = tiny.batch(*[(8,), (3, 2), (), (5,), (1, 1, 1), (8,), (4, 4), (7,)], length=LENGTH)
 
 
@@ -68,7 +67,8 @@ def step_of(name: str, devices: int, **mesh: int):
     return jax.device_get(after), pulse, jax.device_get(metrics["blocks"]["0"])
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in ROUTERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROUTERS)
 def test_a_routed_step_on_a_mesh_is_the_step_on_one_device(name: str) -> None:
     expected, expected_pulse, expected_metrics = step_of(name, 1)
     after, pulse, metrics = step_of(name, 8, data=2, expert=2, tensor=2)

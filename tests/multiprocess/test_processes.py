@@ -12,6 +12,8 @@ from processes import STEPS, Child, free_port, pair, run_all
 
 from sparse_lm.train.checkpoint import read_checkpoint
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:

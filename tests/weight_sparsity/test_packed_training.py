@@ -134,6 +134,7 @@ def masks(state: TrainState) -> dict[str, np.ndarray]:
     return {path: np.asarray(at(state.sparsity["mask"], path)) for path in PATHS}
 
 
+@pytest.mark.slow
 def test_a_change_replaces_the_step_and_blocks_keep_their_numbers() -> None:
     """In step 2 round(0.375 x blocks) leave: values, both moments and the average follow, and everything else stays."""
     before, after = states()[2], states()[3]
@@ -196,6 +197,7 @@ def test_a_step_that_is_not_finite_changes_no_topology() -> None:
     assert dict(zip(PULSE, np.asarray(metrics["pulse"])))["skipped"] == 1
 
 
+@pytest.mark.slow
 def test_numbers_count_weights_by_blocks() -> None:
     _, metrics = step()(states()[2], BATCH, jnp.float32(1))
     found = {path: {n: np.asarray(a) for n, a in leaf.items()} for path, leaf in metrics["sparsity"].items()}
