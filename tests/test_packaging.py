@@ -118,7 +118,7 @@ def test_help_lists_every_public_target():
         ["make", "help"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     ).stdout
     named = re.findall(r"^  make ([a-z-]+)", listed, flags=re.MULTILINE)
-    assert named == ["help", "quickstart", "test", "test-all", "lint", "clean"]
+    assert named == ["help", "quickstart", "test", "test-faults", "test-all", "lint", "clean"]
 
 
 def modules() -> list[pathlib.Path]:
