@@ -95,9 +95,13 @@ def one_step(
     sparse = sparsifier(config, weight.shape)
 
     def run(weight, grad, moved, mask, masks, slots):
-        params, _, state = sparse.init(nested({PATH: weight}), {}, jax.random.key(7))
-        if mask is not None:
-            params, given = nested({PATH: weight}), {"mask": mask, **masks}
+        params = nested({PATH: weight})
+        if mask is None:
+            params, _, state = sparse.init(params, {}, jax.random.key(7))
+        else:  # the choice of a first mask need not be compiled
+            _, _, abstract = jax.eval_shape(lambda p: sparse.init(p, {}, jax.random.key(7)), params)
+            given = {"mask": mask, **masks}
+            state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
             state["masks"] = {name: nested({PATH: sparse.stored(m)}) for name, m in given.items()}
             if "ever" in state:
                 state["ever"] = state["masks"]["mask"]

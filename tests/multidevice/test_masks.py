@@ -42,7 +42,7 @@ RISING = LinearSparsity(every=10, end=1.0)
 CHOICES = {
     "rigl": Masked(density=0.2, algorithm=RigL(), schedule=EXCHANGE),
     "set_n_m": Masked(density=0.5, structure=NM(m=4), algorithm=SET(), schedule=EXCHANGE, storage="bits"),
-    "srigl": Masked(density=0.2, structure=ConstantFanIn(), algorithm=SRigL(), schedule=EXCHANGE),
+    "srigl": Masked(density=0.2, structure=ConstantFanIn(), algorithm=SRigL(), schedule=EXCHANGE, storage="bits"),
     "blocks": Masked(density=0.25, structure=Block(inputs=8, outputs=16), algorithm=RigL(), schedule=EXCHANGE),
     "neurons": Masked(density=0.25, structure=Neuron(), algorithm=Magnitude(), schedule=RISING),
     "global": Masked(density=0.2, allocation=Global(), algorithm=Magnitude(), schedule=RISING),
@@ -83,7 +83,14 @@ def run(config: Masked, placed: bool):
     return compiled, compiled(params, grads)
 
 
-@pytest.mark.parametrize("name", CHOICES)
+FAST = (
+    "blocks",
+    "srigl",
+    "global",
+)  # exchanges with sums over blocks, several choices one after another, one threshold
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CHOICES])
 def test_a_choice_has_the_same_bits_on_a_mesh(name: str) -> None:
     (_, alone), (compiled, spread) = run(CHOICES[name], False), run(CHOICES[name], True)
     for left, right in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from packed_toy import random_state
 
 from sparse_lm.config import ConfigError
 from sparse_lm.layers.feed_forward import DenseFeedForward
@@ -34,7 +35,8 @@ MOE = MoEFeedForward(
     router=TopKRouter(k=2),
     projection=BlockSparseLowRankProjection(density=0.5, block=16, rank=2),
 )
-FEED_FORWARDS = {"dense": DENSE, "moe": MOE}
+FEED_FORWARDS = {"dense": DENSE, "moe": MOE, "feed_forward": DENSE}
+"""Of "dense" also the matrices of attention are packed; "feed_forward" has one matrix of each kind that `tensor` can split."""
 
 
 def recipe(name: str, feed_forward=None, **mesh: int) -> Recipe:
@@ -53,14 +55,19 @@ def result(name: str, **mesh: int):
     """(state after a step, pulse) on the host."""
     session = open_session(recipe(name, **mesh), jax.devices()[: int(np.prod(list(mesh.values()) or [1]))])
     compiled, _ = session.compile_step()
-    after, metrics = compiled(session.create(), session.put(BATCH))
+    if name == "feed_forward":
+        state = session.place(random_state(session.abstract, session.definition.packed))
+    else:
+        state = session.create()
+    after, metrics = compiled(state, session.put(BATCH))
     for leaf, sharding in zip(jax.tree.leaves(after), jax.tree.leaves(session.shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     return jax.device_get(after), dict(zip(PULSE, np.asarray(metrics["pulse"]).tolist()))
 
 
-CASES = [("dense", {"data": 2, "fsdp": 2, "tensor": 2})]
-SLOW = [("dense", {axis: 2}) for axis in ("data", "fsdp", "tensor", "context")]
+CASES = [("feed_forward", {"data": 2, "fsdp": 2, "tensor": 2})]
+SLOW = [("dense", {"data": 2, "fsdp": 2, "tensor": 2})]
+SLOW += [("dense", {axis: 2}) for axis in ("data", "fsdp", "tensor", "context")]
 SLOW += [
     ("moe", {"fsdp": 2, "expert": 2}),
     ("dense", {"fsdp": 2, "tensor": 2, "context": 2}),

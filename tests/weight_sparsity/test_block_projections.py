@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from packed_toy import random_lists
 
-from pallas_kernels.block_sparse_matmul import dense_mask, to_dense, topology_from_mask
+from pallas_kernels.block_sparse_matmul import dense_mask, to_dense
 from pallas_kernels.grouped_matmul import grouped_matmul
 from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import ModelState
 from sparse_lm.weight_sparsity.block_sparse import grouped_product, rows_at_once
 from sparse_lm.weight_sparsity.gradient_probe import observed, slab_norms
-from sparse_lm.weight_sparsity.packed_matrix import BlockPattern, PackedMatrix, initial_topologies, lists_of
+from sparse_lm.weight_sparsity.packed_matrix import (
+    BlockPattern,
+    PackedMatrix,
+    initial_topologies,
+)
 from sparse_lm.weight_sparsity.projection import BlockSparseLowRankProjection, BlockSparseProjection
 
 K, N, E, A = 64, 32, 3, 40
@@ -27,13 +32,13 @@ def normal(*shape: int) -> jax.Array:
 
 
 def built(config: BlockSparseProjection, experts: int = 0):
-    """(graph, parameters, state, probes) of a matrix with random values and topology."""
+    """(pattern, graph, parameters, state, probes) of a matrix with random values and topology."""
     module = nnx.eval_shape(lambda: config.build(K, N, ("embed", "ffn"), experts=experts))
-    graph, params, state, probes = nnx.split(module, nnx.Param, ModelState, ...)
+    graph, params, _, probes = nnx.split(module, nnx.Param, ModelState, ...)
     params = jax.tree.map(lambda leaf: normal(*leaf.shape), nnx.to_pure_dict(params))
-    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nnx.to_pure_dict(state))
-    matrix = PackedMatrix(module.pattern, experts, (), module.permutation is not None, ("embed", "ffn"))
-    state = tiny.jit(lambda: initial_topologies(jax.random.key(1), {"m": matrix}, {"m": empty})["m"])()
+    state = {"topology": random_lists(module.pattern, experts, DRAW)}
+    if module.permutation is not None:
+        state["permutation"] = jnp.asarray(DRAW.permutation(K).astype(np.int32))
     return module.pattern, graph, params, state, jax.tree.map(lambda leaf: jnp.zeros(()), nnx.to_pure_dict(probes))
 
 
@@ -54,7 +59,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param("blocks", marks=pytest.mark.slow), "free", "all"])
+@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("blocks", "free")), "all"])
 def test_a_packed_matrix_is_its_dense_mask(name: str) -> None:
     pattern, graph, params, state, probes = built(CONFIGS[name])
     x, dy = normal(2, 5, K), normal(2, 5, N)
@@ -74,10 +79,6 @@ def test_a_packed_matrix_is_its_dense_mask(name: str) -> None:
 
     found, expected = tiny.jit(both)(params, x)
     tiny.assert_close(found, expected, rtol=2e-5, atol=2e-5)
-    mask = np.asarray(dense_mask(pattern.from_lists(state["topology"])))
-    assert mask.sum() == pattern.blocks
-    if pattern.constant_fan_in:
-        assert set(mask.sum(0).tolist()) == {pattern.fan_in}
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert CONFIGS[name].cost(K, N) == (size, 2 * size)
 
@@ -118,10 +119,19 @@ def both_grouped():
     return tiny.jit(both)
 
 
-def test_each_expert_has_its_own_topology() -> None:
-    pattern, _, _, state, _ = built(CONFIGS["all"], 6)
-    masks = np.asarray(dense_mask(pattern.from_lists(state["topology"])))
+def test_experts_begin_with_patterns_of_their_own_and_one_order_of_inputs() -> None:
+    pattern = CONFIGS["all"].pattern(K, N)
+    packed = {"m": PackedMatrix(pattern, 6, (), True, ("embed", "ffn"))}
+
+    @tiny.jit
+    def begin():
+        state = initial_topologies(jax.random.key(1), packed, {"m": {"topology": {}, "permutation": 0}})["m"]
+        return dense_mask(pattern.from_lists(state["topology"])), state["permutation"]
+
+    masks, order = jax.tree.map(np.asarray, begin())
     assert masks.shape == (6, 4, 2) and any((masks[0] != mask).any() for mask in masks[1:])
+    assert (masks.sum(1) == pattern.fan_in).all()
+    assert sorted(order.tolist()) == list(range(K)) != order.tolist()
 
 
 def test_even_loads_take_one_round() -> None:
@@ -135,14 +145,13 @@ def test_even_loads_take_one_round() -> None:
 
 def _topology_of_experts():
     pattern = BlockPattern(K, N, 16, 2)
-    one = topology_from_mask(np.arange(8).reshape(4, 2) < 2, 16, 16)
-    return pattern.from_lists({name: jnp.stack([leaf] * E) for name, leaf in lists_of(one).items()})
+    return pattern.from_lists(random_lists(pattern, E, DRAW))
 
 
 PATTERN = BlockPattern(K, N, 16, 4)
 
 
-@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("spread", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_probe_reads_norms_of_all_blocks_and_slabs_of_the_gradient(spread: bool) -> None:
     x, dy = normal(2, 5, K), normal(2, 5, N)
     dense = np.einsum("abk,abn->kn", x, dy)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from packed_toy import random_state
 
 from sparse_lm.accounting import account
 from sparse_lm.config import ConfigError, validate
@@ -22,7 +23,7 @@ from sparse_lm.model.transformer import Model
 from sparse_lm.recipe import Recipe
 from sparse_lm.routing.experts import MoEFeedForward
 from sparse_lm.routing.top_k import TopKRouter
-from sparse_lm.train.checkpoint import read_checkpoint
+from sparse_lm.train.checkpoint import Checkpointer, Checkpoints, read_checkpoint
 from sparse_lm.train.initialize import StartFrom
 from sparse_lm.train.loop import train
 from sparse_lm.train.muon import Muon
@@ -33,8 +34,8 @@ from sparse_lm.train.state import TrainState, initial_state, unstack
 from sparse_lm.train.step import PULSE, Train, build_step, gradients
 from sparse_lm.weight_sparsity.door import Moment
 from sparse_lm.weight_sparsity.packed import Packed
-from sparse_lm.weight_sparsity.packed_matrix import at, nested
-from sparse_lm.weight_sparsity.packing import unpack
+from sparse_lm.weight_sparsity.packed_matrix import PackedMatrix, at, nested, replaced
+from sparse_lm.weight_sparsity.packing import convert, unpack
 from sparse_lm.weight_sparsity.projection import BlockSparseLowRankProjection, BlockSparseProjection
 from sparse_lm.weight_sparsity.schedules import Periodic
 from sparse_lm.weight_sparsity.topology_update import MagnitudeBlocks, RigLBlocks, SETBlocks
@@ -55,7 +56,10 @@ def start() -> TrainState:
     definition = define(MODEL)
     sparsifier = PACKED.build(definition, OPTIMIZER, STEPS, 1)
     transformation = OPTIMIZER.build(definition.dims)
-    return tiny.jit(lambda: initial_state(definition, transformation, 0, with_ema=True, sparsifier=sparsifier))()
+    shapes = jax.eval_shape(lambda: initial_state(definition, transformation, 0, with_ema=True, sparsifier=sparsifier))
+    state = random_state(shapes, definition.packed)
+    _, _, sparsity = tiny.jit(sparsifier.init)(state.params, state.model_state, jax.random.key(0))
+    return dataclasses.replace(state, sparsity=sparsity)
 
 
 @functools.cache
@@ -189,6 +193,31 @@ def test_the_dropped_blocks_are_the_smallest_and_the_grown_ones_have_the_largest
 
 
 def test_a_step_that_is_not_finite_changes_no_topology() -> None:
+    """The sparsifier alone, once in a sound step and once in one that is not, with gradients larger where no block is."""
+    sparsifier, state = PACKED.build(define(MODEL), OPTIMIZER, STEPS, 1), start()
+
+    def asked(weights):
+        """Norms in the place of probes: those of absent blocks are larger."""
+        absent = {f"{path}.probe": 1.0 - at(state.sparsity["mask"], path) for path in PATHS}
+        return replaced(weights, absent)
+
+    @tiny.jit
+    def change(finite, state):
+        same = {"before": state.params, "params": state.params, "grads": state.params, "gradient": asked}
+        rest = {name: getattr(state, name) for name in ("opt_state", "model_state", "sparsity", "ema")}
+        return sparsifier.update(Moment(jnp.int32(2), finite, jax.random.key(0), **same, **rest))
+
+    found = change(jnp.bool_(False), state)
+    for name in ("params", "model_state", "sparsity", "ema"):
+        tiny.assert_same(getattr(found, name), getattr(state, name))
+    moved = change(jnp.bool_(True), state)
+    for path in PATHS:  # round(0.375 x blocks) went, and every column grew what it lost elsewhere
+        old, new = masks(state)[path], np.asarray(at(moved.sparsity["mask"], path))
+        assert 0 < (old & ~new).sum() <= round(0.375 * old.sum()) and (old.sum(0) == new.sum(0)).all()
+
+
+@pytest.mark.slow
+def test_a_whole_step_that_is_not_finite_changes_no_topology() -> None:
     broken = states()[2]
     poisoned = dataclasses.replace(broken, params={**broken.params, "embedding": broken.params["embedding"] * np.nan})
     after, metrics = step()(poisoned, BATCH, jnp.float32(1))
@@ -255,18 +284,46 @@ def test_a_packed_model_trains_and_resumes_to_the_bit(
     tiny.assert_same(read_checkpoint(again / "checkpoints", 8).state, end)
 
 
+def test_dense_matrices_become_blocks_and_blocks_become_dense() -> None:
+    """All blocks and full rank lose nothing: dense -> packed -> dense is the identity, up to the companion's rounding."""
+    draw, shapes = np.random.default_rng(0), {"gate": (16, 32), "down": (32, 16)}
+    original = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    packed = {name: PackedMatrix(COMPANION.pattern(*shape), 0, (), True, ("a", "b")) for name, shape in shapes.items()}
+    tree = {"params": {name: {"weight": weight} for name, weight in original.items()} | {"head": np.ones(3)}}
+    blocks = convert(tree, packed, dict.fromkeys(shapes, 16), {})
+    for name, weight in original.items():
+        parts, state = blocks["params"][name], blocks["model_state"][name]
+        assert sorted(parts) == ["into", "out", "values"] and state["permutation"].tolist() == list(
+            range(weight.shape[0])
+        )
+        # The companion takes the best rank-16 approximation of what the kept blocks leave: here all of it.
+        dense = unpack(parts, state["topology"], weight.shape, state["permutation"])
+        np.testing.assert_allclose(dense, weight, atol=1e-6)
+        # Kept are the largest blocks: gate has one block row, so at least that one of each column; down has two, the larger.
+        norms = (weight.reshape(weight.shape[0] // 16, 16, weight.shape[1] // 16, 16) ** 2).sum((1, 3))
+        assert np.asarray(state["topology"]["row_index"]).tolist() == norms.argmax(0).tolist()
+    back = convert(blocks, {}, {}, shapes)
+    assert back["params"].keys() == tree["params"].keys() and not back["model_state"]
+    tiny.assert_close(back["params"], tree["params"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_dense_checkpoints_become_blocks_and_blocks_become_dense(tmp_path: pathlib.Path) -> None:
     """All blocks and full rank lose nothing: dense -> packed -> dense is the identity, up to the companion's rounding."""
     tiny.corpus(tmp_path / "text")
-    dense = tiny.recipe(
-        tmp_path,
-        DenseFeedForward(hidden=32, activation="relu_squared"),
-        train__steps=2,
-        model__layers=1,
-        checkpoint__every=2,
-        validation__every=0,
+    dense = tiny.recipe(tmp_path, DenseFeedForward(hidden=32, activation="relu_squared"), model__layers=1)
+    session = open_session(dense, jax.devices()[:1])
+    source = session.create()
+    writer = Checkpointer(
+        tmp_path / "dense" / "checkpoints",
+        Checkpoints(),
+        session.abstract,
+        session.dims,
+        session.mesh,
+        population=False,
     )
-    train(dense, tmp_path / "dense")
+    writer.save(2, source, {"windows": 0}, {}, 0.0)
+    writer.close()
     original = read_checkpoint(tmp_path / "dense" / "checkpoints").state["params"]["blocks"]["0"]["feed_forward"]
 
     half = BlockSparseLowRankProjection(density=0.5, block=16, rank=16, permutation="random")
