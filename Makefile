@@ -40,14 +40,14 @@ quickstart: $(ready)  ## train a small sparse language model on real text and wr
 	@$(python) scripts/pretrain.py quickstart
 	@echo "The report of the run: $(CURDIR)/runs/quickstart/report.html"
 
-test: $(ready)  ## the tests, without the slow ones and those of faults
+test: $(ready)  ## the tests, without slow ones and those of faults
 	$(fast) $(python) -m pytest $(workers) -m "not slow and not faults" --ignore=tests/multidevice
 ifneq ($(multidevice),)
 	$(fake_devices) $(python) -m pytest $(workers) -m "not slow and not faults" $(multidevice)
 endif
 
-test-faults: $(ready)  ## twenty kills that change no bit, processes that train together and lose each other
-	$(fast) $(python) -m pytest $(workers) -m "faults and not slow" tests/train tests/multiprocess
+test-faults: $(ready)  ## runs that are stopped, killed or lose a process, and go on to the same bits
+	$(fast) $(python) -m pytest $(workers) -m "faults and not slow" tests/train tests/weight_sparsity tests/multiprocess
 
 test-all: $(ready)  ## every test, slow ones included
 	$(fast) $(python) -m pytest $(workers) --ignore=tests/multidevice

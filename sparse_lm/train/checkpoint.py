@@ -1,17 +1,16 @@
 """Checkpoints: one thin module over Orbax. One atomic directory a step holds the state, the data state and the recipe.
 
 Saving copies the state on the device, behind the step under way and without waiting for it; a thread moves the copy to the host and
-writes it while training goes on. Tables in host memory are copied there, before training goes on. The layout on disk has unrolled block names whatever the layout in memory, so scanned and unrolled
-runs, and any mesh, read each other's checkpoints. On several processes each writes the parts that its devices hold; Orbax then waits
-at barriers of the coordination service, never on the devices, so a save may run beside steps.
+writes it while training goes on. Tables in host memory are copied there, before training goes on. The layout on disk has unrolled
+block names whatever the layout in memory, so scanned and unrolled runs, and any mesh, read each other's checkpoints: each process reads
+the parts that its devices hold (`checkpoint_arrays`). It also writes those parts; Orbax then waits at barriers of the coordination
+service, never on the devices, so a save may run beside steps.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import logging
-import math
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -31,7 +30,8 @@ from sparse_lm.layers.tree_paths import prune
 from sparse_lm.memory.host_array import HostArray
 from sparse_lm.parallel.rules import spec_of
 from sparse_lm.train import checkpoint_files
-from sparse_lm.train.state import TrainState, is_empty, unrolled
+from sparse_lm.train.checkpoint_arrays import Leaf, read_leaves
+from sparse_lm.train.state import TrainState, unrolled
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax warns of each save, and prints what it also raises.
 
@@ -140,7 +140,7 @@ class Checkpointer:
         self._axis, self._on_host = 1 if population else 0, on_host
         self._dims = without_layers({field.name: getattr(dims, field.name) for field in dataclasses.fields(dims)})
         self._abstract = self._abstract_on_disk()
-        handlers = _handlers(everybody, self._abstract)
+        handlers = _handlers(everybody)
         self._manager = ocp.CheckpointManager(_absolute(directory), options=options, item_handlers=handlers)
         self._copy = jax.jit(
             lambda state: jax.tree.map(jnp.copy, unrolled(state, self._axis)),
@@ -246,13 +246,15 @@ class Checkpointer:
             raise CheckpointError(
                 f"checkpoint {step} in {self._directory} does not fit this recipe:\n" + "\n".join(problems)
             )
-        state = ocp.args.PyTreeRestore(self._abstract, restore_args=_restore_arguments(self._abstract))
+        leaves = _leaves(self._like, shardings, self._axis)
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=state, data=ocp.args.JsonRestore()))
+            state = _read(self._directory, step, leaves)
+            data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
         except Exception as error:
             message = f"checkpoint {step} in {self._directory} cannot be read: {error}"
             raise DamagedCheckpoint(message) from error
-        return _rolled(restored["state"], self._like, shardings, self._axis), restored["data"]
+        held = jax.tree.map(lambda leaf: HostArray(leaf) if isinstance(leaf, np.ndarray) else leaf, state)
+        return TrainState(**held), data
 
     def close(self) -> None:
         """Waits for the last save and closes."""
@@ -264,43 +266,30 @@ class Checkpointer:
                 self._manager.close()
 
 
-def _rolled(tree: dict[str, Any], like: TrainState, shardings: TrainState, axis: int) -> TrainState:
-    """Brings a tree from disk into the layout in memory, leaf by leaf: at no time are both layouts of more than one leaf there."""
+def _leaves(like: TrainState, shardings: TrainState, axis: int) -> dict[str, Any]:
+    """Returns which arrays on disk become which leaf: nested dicts like the state, with a Leaf for each array."""
 
-    def walk(tree: Any, like: Any, shardings: Any) -> Any:
+    def walk(like: Any, shardings: Any, names: tuple[str, ...], stacked: int | None) -> Any:
         if not isinstance(like, dict):
-            return HostArray(tree) if shardings is None else jax.device_put(tree, shardings)
-        if is_empty(like):
-            return like
+            return Leaf(names, stacked, like.shape, like.dtype, shardings)
         out: dict[str, Any] = {}
-        for key in like:
-            match = RUN_KEY.match(key)
-            if match is None:
-                out[key] = walk(tree.pop(key), like[key], None if shardings is None else shardings.get(key))
+        for key, inner in like.items():
+            below = None if shardings is None else shardings.get(key)
+            if match := RUN_KEY.match(key):
+                members = tuple(f"{names[0]}.{n}" for n in range(int(match[1]), int(match[2]) + 1))
+                out[key] = walk(inner, below, members, axis)
             else:
-                members = [tree.pop(str(n)) for n in range(int(match[1]), int(match[2]) + 1)]
-                out[key] = stack_leaves(members, shardings[key])
+                out[key] = walk(inner, below, tuple(f"{name}.{key}" for name in names), stacked)
         return out
 
-    def stack_leaves(members: list[Any], shardings: Any) -> Any:
-        if isinstance(shardings, dict):
-            return {key: stack_leaves([member.pop(key) for member in members], shardings[key]) for key in shardings}
-        stacked = _stack(shardings, axis)(members)
-        # Without this the next leaf is stacked while the parts of this one are still waiting to be read.
-        jax.block_until_ready(stacked)
-        for member in members:
-            member.delete()
-        return stacked
-
     fields = [field.name for field in dataclasses.fields(like)]
-    return TrainState(
-        **{name: walk(tree.pop(name, {}), getattr(like, name), getattr(shardings, name)) for name in fields}
-    )
+    return {name: walk(getattr(like, name), getattr(shardings, name), (name,), None) for name in fields}
 
 
-@functools.lru_cache(64)
-def _stack(sharding: NamedSharding, axis: int) -> Any:
-    return jax.jit(lambda members: jnp.stack(members, axis), out_shardings=sharding)
+def _read(directory: epath.Path, step: int, leaves: Any) -> Any:
+    """Returns the tree with the arrays that its leaves name."""
+    flat, shape = jax.tree.flatten(leaves, is_leaf=lambda node: isinstance(node, Leaf))
+    return jax.tree.unflatten(shape, read_leaves(_absolute(directory) / str(step) / "state", flat))
 
 
 def mismatches(wanted: Any, found: Any) -> list[str]:
@@ -333,17 +322,13 @@ class Source(NamedTuple):
     recipe: dict[str, Any]
 
 
-def _handlers(processes: orbax_options.MultiprocessingOptions, state: Any) -> dict[str, Any]:
+def _handlers(processes: orbax_options.MultiprocessingOptions) -> dict[str, Any]:
     """Returns who reads and writes each item; a manager that has not saved needs them to tell what a checkpoint holds.
 
     Arrays are stored uncompressed: float32 weights shrink by less than a tenth, and compressing them would make one core the limit of
-    a restore. While restoring, no more bytes are in flight than a tenth of the state, or its largest leaf.
+    a restore.
     """
-    sizes = [_local_bytes(leaf) for leaf in jax.tree.leaves(state)]
-    in_flight = max(max(sizes, default=0) + 1, sum(sizes) // 10, 1 << 24)
-    arrays = ocp.BasePyTreeCheckpointHandler(
-        restore_concurrent_bytes=in_flight, use_compression=False, multiprocessing_options=processes
-    )
+    arrays = ocp.BasePyTreeCheckpointHandler(use_compression=False, multiprocessing_options=processes)
     return {
         "state": ocp.PyTreeCheckpointHandler(handler_impl=arrays, multiprocessing_options=processes),
         "data": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
@@ -352,42 +337,26 @@ def _handlers(processes: orbax_options.MultiprocessingOptions, state: Any) -> di
     }
 
 
-def _restore_arguments(abstract: Any) -> Any:
-    """Returns how each leaf is read: without a sharding, into host memory."""
-    return jax.tree.map(
-        lambda leaf, on_device: ocp.RestoreArgs(restore_type=np.ndarray) if leaf.sharding is None else on_device,
-        abstract,
-        ocp.checkpoint_utils.construct_restore_args(abstract),
-    )
-
-
-def _local_bytes(leaf: Any) -> int:
-    """Bytes of an abstract array on the devices of this process."""
-    shard = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
-    copies = len(leaf.sharding.addressable_devices) if leaf.sharding is not None else 1
-    return math.prod(shard) * leaf.dtype.itemsize * copies
-
-
 def _absolute(directory: epath.Path) -> epath.Path:
     """Returns a local path made absolute, as Orbax wants it; a remote one as it is."""
     return directory if "://" in os.fspath(directory) else epath.Path(os.path.abspath(directory))
 
 
 @contextlib.contextmanager
-def _reader(directory: epath.Path, state: Any) -> Iterator[ocp.CheckpointManager]:
+def _reader(directory: epath.Path) -> Iterator[ocp.CheckpointManager]:
     """Opens a directory for reading by this process alone, whatever the others do."""
     alone = orbax_options.MultiprocessingOptions(
         primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
     options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
-    handlers = _handlers(alone, state)
+    handlers = _handlers(alone)
     with ocp.CheckpointManager(_absolute(directory), options=options, item_handlers=handlers) as manager:
         yield manager
 
 
 def saved_recipe(directory: epath.Path, step: int) -> dict[str, Any]:
     """Returns the content of config.json as it was when a step was saved."""
-    with _reader(directory, {}) as manager:
+    with _reader(directory) as manager:
         return manager.restore(step, args=ocp.args.Composite(recipe=ocp.args.JsonRestore()))["recipe"]
 
 
@@ -418,20 +387,21 @@ def read_checkpoint(
     elif problems := checkpoint_files.damage(directory / str(step)):
         raise CheckpointError(f"checkpoint {step} is damaged: " + "; ".join(problems))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with _reader(directory, {}) as manager:
-        left = tuple(f"{path}." for path in without)
+    left = tuple(f"{path}." for path in without)
+    with _reader(directory) as manager:
+        items = ocp.args.Composite(data=ocp.args.JsonRestore(), recipe=ocp.args.JsonRestore())
+        restored = manager.restore(step, args=items)
         found = prune(_tree(manager, step), lambda path: not f"{path}.".startswith(left))
 
-    def place(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
+    def leaf(path: str, saved: Any) -> Leaf:
         where = None if on_host and path.startswith(HOST_PATHS) else device
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        return Leaf((path,), None, tuple(saved.shape), np.dtype(saved.dtype), where)
 
-    abstract = map_leaves(place, found)
-    with _reader(directory, abstract) as manager:
-        state = ocp.args.PyTreeRestore(abstract, restore_args=_restore_arguments(abstract), partial_restore=True)
-        items = ocp.args.Composite(state=state, data=ocp.args.JsonRestore(), recipe=ocp.args.JsonRestore())
-        restored = manager.restore(step, args=items)
-    return Source(step, restored["state"], restored["data"], restored["recipe"])
+    try:
+        state = _read(directory, step, map_leaves(leaf, found))
+    except Exception as error:
+        raise DamagedCheckpoint(f"checkpoint {step} in {directory} cannot be read: {error}") from error
+    return Source(step, state, restored["data"], restored["recipe"])
 
 
 def _tree(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:

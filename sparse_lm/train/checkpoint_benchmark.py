@@ -196,9 +196,7 @@ def in_process(name: str, directory: pathlib.Path, gigabytes: float) -> dict[str
         "print(json.dumps(b.MEASUREMENTS[sys.argv[1]](pathlib.Path(sys.argv[2]), float(sys.argv[3]))))"
     )
     command = [sys.executable, "-c", code, name, str(directory), str(gigabytes)]
-    # glibc keeps freed blocks of a few megabytes by default; the peak would then show its habits, not what is held.
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
-    environment = {**os.environ, **allocator, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

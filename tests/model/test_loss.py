@@ -29,7 +29,14 @@ def plain(h, head, targets, mask, softcap, multiplier, z_coefficient):
 
 @pytest.mark.parametrize("logits_bytes", [1 << 29, 4 * B * V * 2, 1])  # one chunk, chunks of two positions, of one
 @pytest.mark.parametrize(
-    ("softcap", "multiplier", "z"), [(None, 1.0, 0.0), (2.0, 0.5, 0.0), (None, 2.0, 0.1), (3.0, 0.7, 0.2)]
+    ("softcap", "multiplier", "z"),
+    [
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((None, 1.0, 0.0), (2.0, 0.5, 0.0), (None, 2.0, 0.1))
+        ),
+        (3.0, 0.7, 0.2),
+    ],
 )
 def test_values_and_gradients_are_those_of_log_softmax(logits_bytes, softcap, multiplier, z, monkeypatch) -> None:
     monkeypatch.setattr(loss, "LOGITS_BYTES", logits_bytes)

@@ -40,7 +40,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [pytest.param("dense", marks=pytest.mark.slow), *list(VARIANTS)[1:]])
 def test_no_output_depends_on_a_later_token(name: str) -> None:
     """By gradient: d output[i] / d embedding of input[j] is zero for j > i and, inside the window, not zero for j <= i."""
     config, length = VARIANTS[name], 6
@@ -205,7 +205,7 @@ def test_the_cap_reaches_logits_and_loss() -> None:
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("execution", ["unrolled", "scanned"])
+@pytest.mark.parametrize("execution", [pytest.param("unrolled", marks=pytest.mark.slow), "scanned"])
 def test_decoding_with_a_cache_is_the_full_forward(execution) -> None:
     attention = dataclasses.replace(ATTENTION, window=5)
     definition, params, state = tiny.materialized(tiny.model(execution=execution, attention=attention))

@@ -115,7 +115,7 @@ def on_mesh(mesh: Mesh, receive_factor: float = 0.0):
     ("sizes", "group_sequences"),
     [
         ({"expert": 4, "tensor": 2}, 1),
-        ({"fsdp": 2, "expert": 2, "context": 2}, 1),
+        pytest.param({"fsdp": 2, "expert": 2, "context": 2}, 1, marks=pytest.mark.slow),
         pytest.param({"expert": 8}, 1, marks=pytest.mark.slow),
         pytest.param({"context": 4, "expert": 2}, 2, marks=pytest.mark.slow),
         pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, 4, marks=pytest.mark.slow),

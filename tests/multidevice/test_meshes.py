@@ -116,6 +116,7 @@ def test_parameters_are_split_as_the_table_says() -> None:
     assert moment.sharding.is_equivalent_to(gate.sharding, 3)
 
 
+@pytest.mark.slow
 def test_initial_values_do_not_depend_on_the_mesh() -> None:
     alone = open_session(recipe("dense"), jax.devices()[:1]).create()
     spread = open_session(recipe("dense", data=2, fsdp=2, tensor=2)).create()

@@ -25,10 +25,11 @@ OPTIONS: dict[str, list[dict]] = {
     "expert_threshold": [{"most_experts": 3, "rows_per_token": 1.5}],
     "remoe": [{"rows_per_token": 1.2}],
 }
-SLOW = ("uniform", "random", "bias_balanced", "switch")
+SLOW = ("uniform", "random", "bias_balanced", "switch", "noisy_top_k", "batch_priority", "group_limited", "sinkhorn")
 NAMES = [(name, options) for name in TABLE["router"] for options in OPTIONS.get(name, [{}])]
 CASES = [pytest.param(*case, marks=pytest.mark.slow if case[0] in SLOW else ()) for case in NAMES]
-REPLAYED = [case for case in NAMES if case[0] in ("gshard", "expert_choice", "remoe")]
+REPLAYED = [case for case in NAMES if case[0] == "expert_choice"]
+REPLAYED += [pytest.param(*case, marks=pytest.mark.slow) for case in NAMES if case[0] in ("gshard", "remoe")]
 NOT_CAUSAL = {"batch_priority", "gshard", "sinkhorn", "expert_choice"}
 KEY = jax.random.key(5)
 

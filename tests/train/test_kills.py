@@ -111,6 +111,7 @@ def test_a_hundred_kills_change_no_bit(folder: pathlib.Path) -> None:
     campaign(folder, kills=100, seed=2)
 
 
+@pytest.mark.faults
 def test_a_full_disk_is_an_error_that_leaves_earlier_steps_intact(folder: pathlib.Path) -> None:
     run_dir = folder / "full"
     child = Child(str(folder), str(run_dir), changes(24), hook=("limit_file_size", 20, 40_000))

@@ -180,6 +180,7 @@ def test_steps_of_other_values_do_not_recompile(step, start) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_no_clipping_when_told_so() -> None:
     """With plain gradients, Adam's first moment is the gradient itself."""
     model = tiny.model(layers=1)

@@ -111,6 +111,7 @@ def test_an_algorithm_trains_for_a_hundred_steps(name: str, tmp_path, monkeypatc
     assert "<h2" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.faults
 def test_rigl_trains_stops_and_goes_on_to_the_same_bits(tmp_path, monkeypatch) -> None:
     """Stopped between two exchanges, with bits of masks in the checkpoint; the report shows what happened."""
     tiny.corpus(tmp_path / "text")

@@ -257,6 +257,7 @@ ALL = dataclasses.replace(
 )
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("model", "lists"),
     [(PLAIN, (2,)), pytest.param(ALL, (4, 2), marks=pytest.mark.slow)],

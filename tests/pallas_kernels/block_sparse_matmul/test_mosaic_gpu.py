@@ -50,7 +50,7 @@ def test_input_gradient(interpret):
     assert error(found, reference.product_transposed(dy, values, topology)) <= 1e-6
 
 
-@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("split", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_weight_gradient_whole_and_cut(interpret, split):
     from pallas_kernels.block_sparse_matmul.mosaic_gpu_sampled import SampledTile
 
@@ -79,7 +79,7 @@ def test_every_form_of_the_product_tile(interpret, fields, transposed):
     assert error(found, wanted(first, values, topology)) <= 5e-5
 
 
-@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("block", [pytest.param(64, marks=pytest.mark.slow), 128])
 @pytest.mark.parametrize(
     ("operation", "fields"),
     [(name, fields) for table in TILES.values() for name, entries in table.items() for _, fields in entries],

@@ -47,9 +47,9 @@ def dense_products(x, values, topology, dy):
     ("block_in", "block_out", "dtype"),
     [
         (16, 16, jnp.float32),
-        (32, 64, jnp.float32),
+        pytest.param(32, 64, jnp.float32, marks=pytest.mark.slow),
         pytest.param(128, 128, jnp.float32, marks=pytest.mark.slow),
-        (64, 32, jnp.bfloat16),
+        pytest.param(64, 32, jnp.bfloat16, marks=pytest.mark.slow),
         (128, 128, jnp.bfloat16),
         pytest.param(16, 16, jnp.float16, marks=pytest.mark.slow),
     ],
@@ -127,7 +127,13 @@ def test_experts_each_have_their_weight_and_may_share_a_pattern():
     np.testing.assert_array_equal(shared[1], block_sparse_matmul(x[1], values[1], one[0]))
 
 
-@pytest.mark.parametrize("axes", [(0, 0, 0), (0, None, None), (None, 0, None), (0, 0, None)])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        (0, 0, 0),
+        *(pytest.param(axes, marks=pytest.mark.slow) for axes in ((0, None, None), (None, 0, None), (0, 0, None))),
+    ],
+)
 def test_vmap_equals_a_loop_with_gradients(axes):
     topology, x, values, _ = small()
     other = topology_from_mask(np.roll(small_mask(), 1, axis=0), 16, 16)

@@ -51,7 +51,7 @@ def run_product(capfd, weights, x, sizes, **options):
 @pytest.mark.parametrize(
     "transpose, sizes, tiles",
     [
-        (False, RAGGED, {"bm": 128, "bn": 256, "slots": 2}),
+        pytest.param(False, RAGGED, {"bm": 128, "bn": 256, "slots": 2}, marks=pytest.mark.slow),
         pytest.param(True, RAGGED, {"bm": 128, "bn": 128, "slots": 3, "minor": 1, "width": 1}, marks=pytest.mark.slow),
         pytest.param(False, [0, 0, 256, 0], {"bm": 256, "bn": 128, "slots": 2, "cluster": 2}, marks=pytest.mark.slow),
         pytest.param(False, [0, 0, 0, 0], {"bm": 128, "bn": 256, "slots": 2}, marks=pytest.mark.slow),

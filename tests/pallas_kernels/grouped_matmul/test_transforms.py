@@ -36,7 +36,12 @@ def by_loop(f):
 
 
 @pytest.mark.parametrize(
-    "axes", [(0, 0, 0), (0, None, 0), (None, 0, 0), (None, None, 0), (0, 0, None), (0, None, None)]
+    "axes",
+    [
+        (0, 0, 0),
+        (None, 0, 0),
+        *(pytest.param(axes, marks=SLOW) for axes in ((0, None, 0), (None, None, 0), (0, 0, None), (0, None, None))),
+    ],
 )
 def test_vmap_equals_loop(axes):
     args = problem()
