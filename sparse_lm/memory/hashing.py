@@ -23,7 +23,7 @@ SEED_STRIDE = 10007
 SALT = 0x9E3779B97F4A7C15
 """Odd multiplier of a salt: 2**64 over the golden ratio, whose multiples spread evenly (Knuth, volume 3, section 6.4)."""
 CHUNK = 1 << 14
-"""Positions hashed at once on the host: their mixes stay in the cache."""
+"""Positions hashed at once on the host: few enough to stay in a core's cache, enough that numpy's calls do not count."""
 
 
 def is_prime(n: int) -> bool:
@@ -118,14 +118,14 @@ def suffixes(
         before = (xp.zeros((batch, longest - 1), tokens_BL.dtype), xp.full((batch, longest - 1), -1, segments_BL.dtype))
     tokens = xp.concatenate([before[0], tokens_BL], axis=1)
     segments = xp.concatenate([before[1], segments_BL], axis=1)
-    classes = xp.where(tokens < 0, tokens, hashing.classes_V[xp.clip(tokens, 0, len(hashing.classes_V) - 1)])
+    classes = xp.where(tokens < 0, tokens, xp.take(hashing.classes_V, tokens, mode="clip"))
     end = tokens.shape[1]
 
     def back(a: Any, k: int) -> Any:
         return a[:, end - length - k : end - k]
 
-    same = [back(segments, k) == segments_BL for k in range(longest)]
-    return [xp.where(same[k], back(classes, k), hashing.pad) for k in range(longest)]
+    earlier = [xp.where(back(segments, k) == segments_BL, back(classes, k), hashing.pad) for k in range(1, longest)]
+    return [back(classes, 0), *earlier]
 
 
 def addresses(
@@ -230,29 +230,37 @@ def addresses_on_host(
     classes = [c.reshape(-1) for c in suffixes(hashing, tokens_BL, segments_BL, max(orders), before)]
     size, heads = tokens_BL.size, len(hashing.primes_H) // len(orders)
     low, high = hashing.multipliers_N2.astype(np.uint64).T
-    multipliers_N = (low | high << np.uint64(32)).view(np.int64)
-    starts_H = np.cumsum(hashing.primes_H, dtype=np.int64) - hashing.primes_H
-    out_HT = np.empty((len(hashing.primes_H), size), np.int32)
+    primes_H = hashing.primes_H.astype(np.int64)
+    starts_H = np.cumsum(primes_H) - primes_H
+    # Arrays without dimensions: numpy takes longer for its scalars than for a thousand numbers.
+    multipliers = [np.array(m) for m in (low | high << np.uint64(32)).view(np.int64)]
+    primes, low_primes = ([np.array(p, dtype) for p in primes_H] for dtype in (np.int64, np.uint32))
+    starts = [np.array(start, np.uint32) for start in starts_H]
+    out_HT = np.empty((len(primes_H), size), np.uint32)
 
     def work(start: int) -> None:
         part = slice(start, min(start + CHUNK, size))
-        mix = classes[0][part] * multipliers_N[0]
+        mix = classes[0][part] * multipliers[0]
         if salt_BL is not None:
             mix ^= salt_BL.reshape(-1)[part] * np.array(SALT, np.uint64).view(np.int64)
-        known, quotient = 1, np.empty_like(mix)
+        known, low, quotient = 1, np.empty(mix.shape, np.uint32), np.empty_like(mix)
+        rest = np.empty_like(low)
         for i, n in enumerate(orders):
             for k in range(known, n):
-                mix ^= classes[k][part] * multipliers_N[k]
+                np.multiply(classes[k][part], multipliers[k], out=quotient)
+                mix ^= quotient
             known = n
+            # Of a remainder the low 32 bits suffice, and those of  mix - quotient * prime  need only the low 32 bits of each. Floor
+            # division by one number is vectorised in numpy; its remainder is not.
+            np.copyto(low, mix, casting="unsafe")
             for h in range(i * heads, (i + 1) * heads):
-                # Floor division by one number is vectorised in numpy; its remainder is not.
-                prime = np.int64(hashing.primes_H[h])
-                np.floor_divide(mix, prime, out=quotient)
-                quotient *= prime
-                np.subtract(mix, quotient, out=quotient)
-                np.add(quotient, starts_H[h], out=out_HT[h, part], casting="unsafe")
+                np.floor_divide(mix, primes[h], out=quotient)
+                np.copyto(rest, quotient, casting="unsafe")
+                np.multiply(rest, low_primes[h], out=rest)
+                np.subtract(low, rest, out=rest)
+                np.add(rest, starts[h], out=out_HT[h, part])
 
-    starts = range(0, size, CHUNK)
+    pieces = range(0, size, CHUNK)
     with np.errstate(over="ignore"):
-        list(map(work, starts) if threads is None else threads.map(work, starts))
-    return np.moveaxis(out_HT.reshape(-1, *tokens_BL.shape), 0, -1)
+        list(map(work, pieces) if threads is None else threads.map(work, pieces))
+    return np.moveaxis(out_HT.view(np.int32).reshape(-1, *tokens_BL.shape), 0, -1)
