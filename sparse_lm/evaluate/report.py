@@ -1,7 +1,7 @@
 """Writes report.html of a run directory: everything that the run left behind, in one file to look at.
 
 Reads what is there, and leaves out the sections whose files are missing: metrics.jsonl, config.json, environment.json,
-accounting.json, sparsity.json, data.json, evaluation.json, samples.json.
+accounting.json, sparsity.json, memory.json, data.json, evaluation.json, samples.json.
 """
 
 import os
@@ -13,6 +13,7 @@ import numpy as np
 
 from sparse_lm.evaluate import report_figures as draw
 from sparse_lm.evaluate import report_page as page
+from sparse_lm.evaluate.memory_section import memory
 from sparse_lm.evaluate.run_files import Run, average, flat, number
 from sparse_lm.evaluate.sparsity_section import weight_sparsity
 from sparse_lm.train.metrics import TOTALS
@@ -238,18 +239,6 @@ def routing(run: Run) -> str:
         + page.figures(panels)
         + page.keys(legend if panels else [])
     )
-
-
-def memory(run: Run) -> str:
-    """How far the gates of memory layers open, over time."""
-    gates = run.per_layer("gate", "memory")
-    if not gates:
-        return ""
-    steps = np.array([row["step"] for row in run.train])
-    lines = [(values, draw.blend(i, 100)) for i, values in enumerate(gates.values())]
-    panel = draw.line("memory-gate", "Mean gate of the memory layers", steps, lines, "{:.2f}".format, from_zero=True)
-    legend = [(name, draw.series_colour(i), "line") for i, name in enumerate(gates)] if len(gates) > 1 else []
-    return page.figures([page.figure(panel)]) + page.keys(legend)
 
 
 def speed(run: Run) -> str:

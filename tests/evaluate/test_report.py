@@ -63,6 +63,35 @@ DOCUMENTS = {
         "masked": True,
     },
     "samples.json": [{"prompt": "Fellow <citizens>", "text": "Fellow <citizens> & friends"}],
+    "memory.json": {
+        "step": 60,
+        "counted_steps": 60,
+        "tables": {
+            "1": {
+                "rows": 10_344_164,
+                "touched": 0.25,
+                "batch_rows": 1234.5,
+                "batch_addresses": 4096,
+                "distinct_ngrams": 900,
+                "collisions": 0.0125,
+                "expected_collisions": 0.0123,
+                "full_collisions": 0.0,
+            }
+        },
+        "domains": {
+            "speeches": {
+                "tokens": 700,
+                "loss": 2.5,
+                "loss_without": 2.75,
+                "buckets": [
+                    {"from": 0, "tokens": 500, "loss": 3.0, "loss_without": 3.0},
+                    {"from": 4, "tokens": 200, "loss": 1.25, "loss_without": 2.125},
+                ],
+                "top": [{"text": " <i>the state", "tokens": 40, "gain": 35.5}],
+                "top_gates": {"1": [{"text": "\nof the", "tokens": 12, "gate": 0.875}]},
+            }
+        },
+    },
 }
 
 ABOUT = (
@@ -73,6 +102,7 @@ ABOUT = (
     "Against a compressor",
     "Weight sparsity",
     "Samples",
+    "Memory",
 )
 """The section of each document."""
 
@@ -196,6 +226,11 @@ def test_every_section_is_there_with_its_numbers(whole):
         "2 to 3",  # a bin of the fan-in
         "model.attention.window",
         "groups blocks",
+        "10,344,164",
+        "4+ times 200 1.250 2.125 0.875",
+        "' <i>the state' 40 35.5",
+        "The gate of block 1 is widest after",
+        r"'\nof the' 12 0.88",
     ):
         assert words in outline.text, words
 
