@@ -18,7 +18,7 @@ from sparse_lm.accounting import Account, account
 from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.layers.tree_paths import flatten
-from sparse_lm.memory.working_set import working_set
+from sparse_lm.memory.working_set import shards_of_rows, working_set
 from sparse_lm.model.definition import Definition
 from sparse_lm.model.loss import chunks_of
 from sparse_lm.parallel import rules
@@ -202,9 +202,12 @@ def state_bytes(session: Session, mesh: Any) -> dict[str, dict[str, int]]:
     if session.recipe.model.memory.placement.on_host:
         data = session.recipe.data
         arguments = (session.recipe.model.memory, session.abstract.tables, data.batch_size, data.sequence_length, False)
-        working = jax.tree.leaves(working_set(*arguments))
+        # Places are split as the tokens, so both by the same axes as the rows.
+        shards = shards_of_rows(mesh)
+        working = jax.tree.leaves(working_set(*arguments, shards))
         # That of the step that runs, which the next one takes rows from, and those of the two steps after it.
-        lines["memory_rows"]["tables"] += 3 * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in working)
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in working)
+        lines["memory_rows"]["tables"] += 3 * size // shards
     return dict(lines)
 
 

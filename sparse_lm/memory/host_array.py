@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 
 from pallas_kernels.embedding_lookup import unpack
+from sparse_lm.parallel.rules import split_tokens
 
 
 def as_records(rows_RD: np.ndarray) -> np.ndarray:
@@ -63,8 +65,16 @@ class HostArray:
         """Returns zeros of the same shape and dtype; they take no memory until they are written to."""
         return HostArray(np.zeros(self.shape, self.dtype))
 
-    def look_up(self, address_BLH: jax.Array) -> jax.Array:
-        """Returns what `table.look_up` does, fetched while the program runs; for evaluation and generation, it has no gradient."""
+    def look_up(self, address_BLH: jax.Array, mesh: AbstractMesh | None = None) -> jax.Array:
+        """Returns what `table.look_up` does, fetched while the program runs; for evaluation and generation, it has no gradient.
+
+        On a mesh every device asks for the rows of its own tokens.
+        """
+        if mesh is not None:
+            tokens = split_tokens(address_BLH.shape[0], address_BLH.shape[1], mesh).spec(None)
+            return jax.shard_map(self.look_up, mesh=mesh, in_specs=tokens, out_specs=tokens, check_vma=False)(
+                address_BLH
+            )
         batch, length, heads = address_BLH.shape
         shape = jax.ShapeDtypeStruct((batch, length, heads, self.shape[1]), self.dtype)
         found = jax.pure_callback(self._rows, shape, address_BLH)

@@ -11,6 +11,9 @@ lookup and update are those of tables on a device, to the bit. One thread writes
 So the rows of step t + 2 are those after step t; what step t + 1 changes of them is taken from its working set on the device
 (`forwarded`), before step t + 2 begins. Nothing is read that a step before has yet to write.
 
+On several devices of one process the working set is split over them by rows, so a row travels to one device and comes back from it,
+however many devices have tokens that read it.
+
 Legend: B batch, L length, H heads, U distinct rows of a batch, C rows of its working set (U and padding), R rows, D row width.
 """
 
@@ -25,13 +28,13 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh
 
 from sparse_lm.memory.hashing import Hash
 from sparse_lm.memory.host_array import HostArray, as_records
 from sparse_lm.memory.memory import Memory
 from sparse_lm.memory.placement import OnHost
-from sparse_lm.memory.working_set import Wanted, forwarded, places_in, wanted_rows
+from sparse_lm.memory.working_set import Wanted, forwarded, places_in, shards_of_rows, wanted_rows, working_shardings
 
 Tree = dict[str, Any]
 
@@ -104,13 +107,15 @@ class HostTables:
       memory: the component.
       hashes: of its tables.
       tables: the state's tables, whose rows and slots are `HostArray`s; they are changed in place.
-      sharding: where working sets go.
+      mesh: where working sets go; of one process.
     """
 
-    def __init__(self, memory: Memory, hashes: dict[str, Hash], tables: Tree, sharding: Sharding):
+    def __init__(self, memory: Memory, hashes: dict[str, Hash], tables: Tree, mesh: Mesh):
         placement = memory.placement
         assert isinstance(placement, OnHost)
-        self._memory, self._hashes, self._sharding, self._ahead = memory, hashes, sharding, placement.ahead
+        self._memory, self._hashes, self._mesh, self._ahead = memory, hashes, mesh, placement.ahead
+        by_part, self._shards = working_shardings(mesh), shards_of_rows(mesh)
+        self._shardings = by_part["places"], {part: by_part[part] for part in ("rows", "slots")}, by_part["rows"]
         self._tables = tables
         threads = min(THREADS, len(os.sched_getaffinity(0)))
         self._mover = concurrent.futures.ThreadPoolExecutor(1, "host tables")
@@ -125,7 +130,7 @@ class HostTables:
         self._last_write.set_result(None)
         self._staging: dict[tuple[int, int, int], np.ndarray] = {}
         self._fetched = 0
-        self._on_cpu = next(iter(sharding.device_set)).platform == "cpu"
+        self._on_cpu = mesh.devices.flat[0].platform == "cpu"
         # Seconds and counts since the start: each is added to by one thread only, and `read` takes differences.
         self._spent = dict.fromkeys(("wait", *PARTS), 0.0)
         self._moved = {"steps": 0, "rows": 0, "bytes": 0}
@@ -133,7 +138,7 @@ class HostTables:
 
     def find(self, batch: dict[str, np.ndarray]) -> Wanted:
         """See Tables.find."""
-        return wanted_rows(self._memory, self._hashes, batch, self._hands)
+        return wanted_rows(self._memory, self._hashes, batch, self._hands, self._shards)
 
     def prefetch(self, wanted: Wanted) -> None:
         """See Tables.prefetch."""
@@ -155,7 +160,7 @@ class HostTables:
         with self._timed("wait"):
             places, fetched, source = future.result()
         if self._written is not None:
-            fetched = forwarded(fetched, self._written, source)
+            fetched = forwarded(fetched, self._written, source, mesh=self._mesh)
         self._moved["steps"] += 1
         self._moved["rows"] += sum(map(len, self._running.unique.values()))
         self._moved["bytes"] += sum(leaf.nbytes for leaf in jax.tree.leaves(fetched))
@@ -165,9 +170,10 @@ class HostTables:
         """See Tables.give_back."""
         assert self._running is not None
         self._written = {part: tables[part] for part in ("rows", "slots")}
-        for leaf in jax.tree.leaves(self._written):
-            leaf.copy_to_host_async()
-        self._last_write = self._mover.submit(self._write, self._running, self._written, self._last_write)
+        pieces = jax.tree.map(_pieces, self._written)
+        for piece in jax.tree.leaves(pieces):
+            piece.copy_to_host_async()
+        self._last_write = self._mover.submit(self._write, self._running, pieces, self._last_write)
         self._given += 1
         self._ask()
         return self._tables
@@ -221,15 +227,15 @@ class HostTables:
         with self._timed("to_device"):
             # Not waited for: a transfer may begin only when the device has done what was enqueued before, and the step that reads these
             # rows can be enqueued meanwhile.
-            return jax.device_put((wanted.places, fetched, source), self._sharding)
+            return jax.device_put((wanted.places, fetched, source), self._shardings)
 
-    def _write(self, wanted: Wanted, written: Tree, last_write: concurrent.futures.Future) -> None:
-        """Puts the rows and slots of a step into host memory."""
+    def _write(self, wanted: Wanted, pieces: Tree, last_write: concurrent.futures.Future) -> None:
+        """Puts the rows and slots of a step, in pieces as `_pieces` returns them, into host memory."""
         last_write.result()
         with self._timed("step"):
-            jax.block_until_ready(written)
+            jax.block_until_ready(pieces)
         with self._timed("to_host"):
-            arrived = jax.tree.map(np.asarray, written)
+            arrived = jax.tree.map(np.asarray, pieces)
         with self._timed("scatter"):
             for part, of in self._parts():
                 for name, tree in of.items():
@@ -257,13 +263,16 @@ class HostTables:
         self._share(copy, len(unique_U))
         return out
 
-    def _scatter(self, unique_U: np.ndarray, held: HostArray, new_CD: np.ndarray) -> None:
-        records_R, records_C = held.records(), as_records(new_CD)
+    def _scatter(self, unique_U: np.ndarray, held: HostArray, pieces: list[np.ndarray]) -> None:
+        records_R, start = held.records(), 0
+        for piece in pieces:
+            own_U, records_U = unique_U[start : start + len(piece)], as_records(piece)
 
-        def copy(part: slice) -> None:
-            records_R[unique_U[part]] = records_C[: len(unique_U)][part]
+            def copy(part: slice, own_U: np.ndarray = own_U, records_U: np.ndarray = records_U) -> None:
+                records_R[own_U[part]] = records_U[: len(own_U)][part]
 
-        self._share(copy, len(unique_U))
+            self._share(copy, len(own_U))
+            start += len(piece)
 
     def _share(self, work: Callable[[slice], None], size: int) -> None:
         """Runs work(slice) over a range in several threads; numpy copies without holding the interpreter."""
@@ -275,6 +284,12 @@ def _is_host(leaf: Any) -> bool:
     return isinstance(leaf, HostArray)
 
 
-def tables_of(memory: Memory, hashes: dict[str, Hash], tables: Tree, sharding: Sharding) -> Tables:
+def _pieces(leaf_CD: jax.Array) -> list[jax.Array]:
+    """Returns the rows of a working set as the devices hold them, in order; of copies the first."""
+    shards = [shard for shard in leaf_CD.addressable_shards if shard.replica_id == 0]
+    return [shard.data for shard in sorted(shards, key=lambda shard: shard.index[0].start or 0)]
+
+
+def tables_of(memory: Memory, hashes: dict[str, Hash], tables: Tree, mesh: Mesh) -> Tables:
     """Returns what moves the rows of a state's tables; arguments as for `HostTables`."""
-    return HostTables(memory, hashes, tables, sharding) if memory.placement.on_host else DeviceTables()
+    return HostTables(memory, hashes, tables, mesh) if memory.placement.on_host else DeviceTables()

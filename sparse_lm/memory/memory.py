@@ -193,10 +193,11 @@ def fetch(
         hashes = {name: Hash(**arrays) for name, arrays in tables["address"].items()}
         found = memory.addresses(hashes, tokens_BL, segments_BL, positions_BL, history)
     mesh, rows = current(), {}
-    for name, spec in memory.tables().items():
-        table, axes = tables["rows"][name], row_axes(spec, mesh)
+    for name in memory.tables():
+        table = tables["rows"][name]
+        axes = row_axes(table.shape[0], mesh)
         if isinstance(table, HostArray):
-            rows[name] = table.look_up(found[name])
+            rows[name] = table.look_up(found[name], mesh)
         elif mesh is None or not axes:
             rows[name] = look_up(table, found[name])
         else:
@@ -226,7 +227,7 @@ def update_tables(
         table = tables["rows"][name]
         own = jnp.where(keep, table.shape[0], address[name])
         arguments = (spec, table, tables["slots"].get(name, {}), own, grads[name], rate, step)
-        axes = row_axes(spec, mesh)
+        axes = row_axes(table.shape[0], mesh)
         rows, slots = update(*arguments) if mesh is None or not axes else update_sharded(mesh, axes, *arguments)
         new["rows"][name] = rows
         if slots:

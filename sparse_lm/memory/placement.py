@@ -47,9 +47,13 @@ class OnHost(Placement):
         """Steps whose updates may be on their way when rows are fetched: the one before the reading step, whose rows are forwarded."""
         return 1
 
-    def size(self, spec: TableSpec, addresses: int, full: bool) -> int:
-        """Returns the rows that a step on so many addresses holds of a table, in the program with `room` or the full one."""
-        return min(spec.rows, addresses if full else math.ceil(self.room * addresses))
+    def size(self, spec: TableSpec, addresses: int, full: bool, shards: int) -> int:
+        """Returns the rows that a step on so many addresses holds of a table, in the program with `room` or the full one.
+
+        They are split over `shards` devices, which must divide them.
+        """
+        rows = min(spec.rows, addresses if full else math.ceil(self.room * addresses))
+        return -(-rows // shards) * shards
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.embedding_lookup import unpack
@@ -27,11 +27,11 @@ ROOM = 0.75
 """Room of all pairs of a device together, as a share of its addresses: n-grams repeat, so fewer rows than addresses are wanted."""
 
 
-def row_axes(spec: TableSpec, mesh: AbstractMesh | None) -> tuple[str, ...]:
-    """Returns the mesh axes that the rows of a table are split over; () for none."""
+def row_axes(rows: int, mesh: Mesh | AbstractMesh | None) -> tuple[str, ...]:
+    """Returns the mesh axes that so many rows of a table or of a working set are split over; () for none."""
     if mesh is None:
         return ()
-    axes = spec_of(("rows",), (spec.rows,), mesh)[0]
+    axes = spec_of(("rows",), (rows,), mesh)[0]
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 

@@ -2,6 +2,8 @@
 
 Rows are in ascending order and every address becomes a place among them, so lookup and update on a working set are those on the
 table itself, sums in the same order included. Its size is fixed, because programs are compiled for it (`placement.OnHost.size`).
+On several devices its rows are split over them as those of a table on devices are, so each row travels to one device, which alone
+updates it, and `sharded.py` brings rows to the tokens and gradients back.
 
 Legend: B batch, L length, H heads, A addresses, U distinct rows of a batch, C rows of its working set (U and padding), D row width.
 """
@@ -14,10 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from sparse_lm.memory.hashing import Hash
 from sparse_lm.memory.memory import Memory
 from sparse_lm.memory.placement import OnHost
+from sparse_lm.parallel import rules
 
 Tree = dict[str, Any]
 
@@ -38,7 +43,23 @@ class Wanted(NamedTuple):
     full: bool
 
 
-def working_set(memory: Memory, tables: Tree, batch: int, length: int, full: bool) -> Tree:
+def axes_of_rows(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Returns the mesh axes that the rows of a working set are split over."""
+    return tuple(axis for axis in rules.axes_of("rows") if mesh.shape[axis] > 1)
+
+
+def shards_of_rows(mesh: Mesh | AbstractMesh) -> int:
+    """Returns the number of pieces of a working set."""
+    return math.prod(mesh.shape[axis] for axis in axes_of_rows(mesh))
+
+
+def working_shardings(mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
+    """Returns the sharding of each part of a working set: places as the tokens, rows and slots by rows."""
+    by_rows = NamedSharding(mesh, P(axes_of_rows(mesh)))
+    return {"places": rules.batch_sharding(mesh), "rows": by_rows, "slots": by_rows}
+
+
+def working_set(memory: Memory, tables: Tree, batch: int, length: int, full: bool, shards: int = 1) -> Tree:
     """Returns the abstract working set of a batch [B, L].
 
     Args:
@@ -47,11 +68,12 @@ def working_set(memory: Memory, tables: Tree, batch: int, length: int, full: boo
       batch: B.
       length: L.
       full: with as many rows as addresses (but for those that a table has not).
+      shards: pieces that rows are split into.
     """
     placement = memory.placement
     assert isinstance(placement, OnHost)
     specs = memory.tables()
-    size = {n: placement.size(spec, batch * length * len(spec.primes), full) for n, spec in specs.items()}
+    size = {n: placement.size(spec, batch * length * len(spec.primes), full, shards) for n, spec in specs.items()}
 
     def smaller(tree: Any, name: str) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size[name], *leaf.shape[1:]), leaf.dtype), tree)
@@ -66,15 +88,24 @@ def wanted_rows(
     hashes: dict[str, Hash],
     batch: dict[str, np.ndarray],
     threads: concurrent.futures.ThreadPoolExecutor | None = None,
+    shards: int = 1,
 ) -> Wanted:
-    """Returns the rows that a batch reads, from its arrays "tokens_BL", "segments_BL" and "positions_BL" in numpy."""
+    """Returns the rows that a batch reads, from its arrays "tokens_BL", "segments_BL" and "positions_BL" in numpy.
+
+    Args:
+      memory: the component, with its tables on the host.
+      hashes: of its tables.
+      batch: the arrays.
+      threads: share the work.
+      shards: pieces that the rows of a working set are split into.
+    """
     placement = memory.placement
     assert isinstance(placement, OnHost)
     arrays = batch["tokens_BL"], batch["segments_BL"], batch["positions_BL"]
     specs, address = memory.tables(), memory.addresses_on_host(hashes, *arrays, threads=threads)
     found = {name: distinct(address[name], spec.rows, threads) for name, spec in specs.items()}
-    full = any(len(found[n][0]) > placement.size(spec, address[n].size, False) for n, spec in specs.items())
-    sizes = {n: placement.size(spec, address[n].size, full) for n, spec in specs.items()}
+    full = any(len(found[n][0]) > placement.size(spec, address[n].size, False, shards) for n, spec in specs.items())
+    sizes = {n: placement.size(spec, address[n].size, full, shards) for n, spec in specs.items()}
     for name, (_, places) in found.items():
         np.copyto(places, sizes[name], where=places < 0)
     return Wanted({n: unique for n, (unique, _) in found.items()}, {n: p for n, (_, p) in found.items()}, sizes, full)
@@ -113,16 +144,30 @@ def distinct(
     return np.concatenate([unique_U for unique_U, _ in parts]), places
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def forwarded(fetched: Tree, written: Tree, source: dict[str, jax.Array]) -> Tree:
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
+def forwarded(fetched: Tree, written: Tree, source: dict[str, jax.Array], *, mesh: Mesh) -> Tree:
     """Returns fetched rows and slots, with those that another working set has taken from there.
 
-    Args:
-      fetched: {"rows": {table: [C, D]}, "slots": {table: {name: [C, ...]}}}.
-      written: the same of a step that ran later than the fetch saw, C may differ.
-      source: {table: int32 [C]}, where in `written` each row is; its size: nowhere.
-    """
+    On several devices each takes them from a copy of the other working set, brought together for the moment.
 
+    Args:
+      fetched: {"rows": {table: [C, D]}, "slots": {table: {name: [C, ...]}}}, by rows.
+      written: the same of a step that ran later than the fetch saw, C may differ.
+      source: {table: int32 [C]}, where in `written` each row is; its size: nowhere; by rows.
+      mesh: of the working sets.
+    """
+    if not (axes := axes_of_rows(mesh)):
+        return _taken(fetched, written, source)
+
+    def on_device(fetched: Tree, written: Tree, source: dict[str, jax.Array]) -> Tree:
+        return _taken(fetched, jax.tree.map(lambda a: jax.lax.all_gather(a, axes, tiled=True), written), source)
+
+    return jax.shard_map(on_device, mesh=mesh, in_specs=P(axes), out_specs=P(axes), check_vma=False)(
+        fetched, written, source
+    )
+
+
+def _taken(fetched: Tree, written: Tree, source: dict[str, jax.Array]) -> Tree:
     def take(name: str, new: jax.Array, old: jax.Array) -> jax.Array:
         there_C = source[name] < old.shape[0]
         taken = old.at[source[name]].get(mode="clip")

@@ -19,7 +19,7 @@ from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.memory.compression import Tokens
 from sparse_lm.memory.host_tables import Tables, tables_of
 from sparse_lm.memory.table import hash_differences
-from sparse_lm.memory.working_set import working_set
+from sparse_lm.memory.working_set import shards_of_rows, working_set, working_shardings
 from sparse_lm.model.definition import Definition, define, for_documents, with_classes
 from sparse_lm.parallel import rules
 from sparse_lm.recipe import Recipe, checkpoints_of_run
@@ -88,8 +88,8 @@ class Session:
 
     def tables(self, state: TrainState) -> Tables:
         """Returns what stands between the steps of a run and the tables of its state."""
-        memory, whole = self.definition.config.memory, rules.replicated(self.mesh)
-        return tables_of(memory, self.definition.hashes(), state.tables, whole)
+        assert isinstance(self.mesh, Mesh)
+        return tables_of(self.definition.config.memory, self.definition.hashes(), state.tables, self.mesh)
 
     def place(self, state: TrainState) -> TrainState:
         """Puts a state where the shardings say; what is in host memory stays there."""
@@ -107,15 +107,18 @@ class Session:
         """
         recipe, definition = self.recipe, for_documents(self.definition, documents)
         memory, abstract, shardings = definition.config.memory, self.abstract, self.shardings
+        shape = (recipe.data.batch_size, recipe.data.sequence_length)
         if memory.placement.on_host:
-            tables = working_set(memory, abstract.tables, recipe.data.batch_size, recipe.data.sequence_length, full)
-            whole = jax.tree.map(lambda _: rules.replicated(self.mesh), tables)
+            tables = working_set(memory, abstract.tables, *shape, full, shards_of_rows(self.mesh))
+            spread = {
+                part: jax.tree.map(lambda _, own=own: own, tables[part])
+                for part, own in working_shardings(self.mesh).items()
+            }
             abstract = dataclasses.replace(abstract, tables=tables)
-            shardings = dataclasses.replace(shardings, tables=whole)
+            shardings = dataclasses.replace(shardings, tables=spread)
         members = MEMBERS if recipe.population.active else None
         step = build_step(definition, recipe.optimizer, recipe.train, self.sparsifier, members, changes)
         step = over_members(step, recipe.population, (0, None, 0))
-        shape = (recipe.data.batch_size, recipe.data.sequence_length)
         batch = {
             name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rules.batch_sharding(self.mesh))
             for name in MODEL_ARRAYS
@@ -159,10 +162,12 @@ def check_division(recipe: Recipe, mesh: Mesh | AbstractMesh) -> None:
 
 
 def check_placement(recipe: Recipe, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ConfigError if tables in host memory would have to be read by several devices."""
+    """Raises ConfigError if tables in host memory would have to be read by several processes."""
     placement = recipe.model.memory.placement
-    if placement.on_host and mesh.size > 1:
-        allowed = f"OnDevice on a mesh of several devices ({mesh.size}): rows in host memory travel to one"
+    here = {device.process_index for device in mesh.devices.flat} if isinstance(mesh, Mesh) else {0}
+    processes = max(len(here), recipe.distributed.processes or 1)
+    if placement.on_host and processes > 1:
+        allowed = f"OnDevice in a run of several processes ({processes}): each would hold, and update, rows of its own"
         raise ConfigError("model.memory.placement", type(placement).__name__, allowed)
 
 

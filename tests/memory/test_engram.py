@@ -87,11 +87,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "engram",
-        "shuffled",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS if n not in ("engram", "shuffled")),
-    ],
+    ["engram", *(pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS if n != "engram")],
 )
 def test_packed_documents_are_separate_documents(name: str) -> None:
     run = losses_of(VARIANTS[name])
@@ -109,7 +105,8 @@ def test_no_position_sees_a_later_one() -> None:
     definition, params, state = model(ENGRAM)
     batch = tiny.full_batch(1, seed=6)
     info = TokenInfo(*(jnp.asarray(batch[k]) for k in ("tokens_BL", "positions_BL", "segments_BL")), None)
-    rows, address = definition.fetch(state["tables"], info)
+    fetch = tiny.jit(lambda info: definition.fetch(state["tables"], info))
+    rows, address = fetch(info)
 
     def hidden(rows):
         return definition.hidden(params, state, info, rows=rows)[0][0]
@@ -122,7 +119,7 @@ def test_no_position_sees_a_later_one() -> None:
     changed = dict(batch, tokens_BL=batch["tokens_BL"].copy())
     changed["tokens_BL"][0, 8] = (changed["tokens_BL"][0, 8] + 1) % tiny.VOCABULARY
     other = info._replace(tokens_BL=jnp.asarray(changed["tokens_BL"]))
-    moved = (np.asarray(definition.fetch(state["tables"], other)[1]["1"]) != np.asarray(address["1"])).any(-1)[0]
+    moved = (np.asarray(fetch(other)[1]["1"]) != np.asarray(address["1"])).any(-1)[0]
     assert np.flatnonzero(moved).tolist() == [8, 9, 10]
     before, after = losses_of(ENGRAM)(batch), losses_of(ENGRAM)(changed)
     assert (before[0, :8] == after[0, :8]).all() and (before[0, 8:] != after[0, 8:]).all()

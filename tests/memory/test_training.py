@@ -1,8 +1,7 @@
-"""Tables in training: only touched rows move, in pieces and populations alike; runs resume bitwise; nothing table-shaped is computed."""
+"""Tables in a step of training: only touched rows move, in pieces and populations alike; nothing table-shaped is computed."""
 
 import dataclasses
 import functools
-import pathlib
 from typing import Any
 
 import jax
@@ -11,17 +10,12 @@ import numpy as np
 import pytest
 import tiny
 
-from sparse_lm.evaluate.load import open_run
 from sparse_lm.memory.engram import Engram
-from sparse_lm.memory.row_optimizer import LazyAdam, RowAdagrad
-from sparse_lm.model.definition import define, token_info
-from sparse_lm.recipe import Recipe
-from sparse_lm.train.checkpoint import CheckpointError, read_checkpoint
-from sparse_lm.train.loop import train
+from sparse_lm.memory.row_optimizer import LazyAdam
+from sparse_lm.model.definition import define
 from sparse_lm.train.optimizer import AdamW
 from sparse_lm.train.population import Population, member_arrays, over_members
 from sparse_lm.train.schedule import Constant
-from sparse_lm.train.session import check_addresses, open_session, starting_point
 from sparse_lm.train.state import initial_state
 from sparse_lm.train.step import Train, build_step
 
@@ -49,7 +43,9 @@ def step(microbatches: int = 1):
 
 def test_a_step_moves_the_rows_that_it_read_and_no_other() -> None:
     state, _ = step()(start(), BATCH, jnp.float32(1))
-    address = np.asarray(DEFINITION.fetch(start().tables, token_info(BATCH))[1]["0"])
+    address = MEMORY.addresses_on_host(
+        MEMORY.hashes(tiny.VOCABULARY, None), BATCH["tokens_BL"], BATCH["segments_BL"], BATCH["positions_BL"]
+    )["0"]
     rows = MEMORY.tables()["0"].rows
     assert (address[np.asarray(BATCH["segments_BL"]) == 0] == rows).all()
     read = np.setdiff1d(np.unique(address), [rows])
@@ -127,60 +123,3 @@ def test_a_member_of_a_population_is_a_run_of_its_own() -> None:
         own = jax.tree.map(lambda a, i=i: a[i], states)
         tiny.assert_close(own.tables, alone.tables, rtol=1e-4, atol=1e-5)
         tiny.assert_close(own.params, alone.params, rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("runs")
-    tiny.corpus(folder / "text")
-    return folder
-
-
-def recipe(folder: pathlib.Path, **changes: Any) -> Recipe:
-    memory = Engram(at=(0,), heads=2, width=8, rows=500, optimizer=RowAdagrad())
-    return tiny.recipe(folder, model__layers=1, model__memory=memory, checkpoint__keep_last=9, **changes)
-
-
-@pytest.fixture(scope="module")
-def straight(folder: pathlib.Path) -> pathlib.Path:
-    assert train(recipe(folder), folder / "straight") == 0
-    return folder / "straight"
-
-
-def test_a_run_goes_on_bitwise(straight: pathlib.Path, folder: pathlib.Path) -> None:
-    import shutil
-
-    other = folder / "resumed"
-    shutil.copytree(straight, other)
-    shutil.rmtree(other / "checkpoints" / "8")
-    assert train(recipe(folder), other) == 0
-    for step_number in (4, 8):
-        left, right = (read_checkpoint(run / "checkpoints", step_number).state for run in (straight, other))
-        assert {"address", "rows", "slots"} == set(left["tables"])
-        tiny.assert_same(left, right)
-    rows = read_checkpoint(straight / "checkpoints", 8).state["tables"]["rows"]["0"]
-    touched = (np.asarray(rows) != 0).any(1).mean()
-    assert 0.05 < touched < 0.9
-
-
-def test_a_finished_run_is_evaluated_with_its_rows(straight: pathlib.Path, folder: pathlib.Path) -> None:
-    loaded = open_run(straight)
-    assert set(loaded.model_state["tables"]) == {"address", "rows"}
-    assert loaded.definition.classes is not None and loaded.definition.classes.number == 228
-    with pytest.raises(CheckpointError, match=r"addressed by other hashes: 0\.multipliers_N2"):
-        address = loaded.model_state["tables"]["address"]["0"]
-        bad = {"address": {"0": {**address, "multipliers_N2": address["multipliers_N2"] + 2}}}
-        check_addresses(loaded.definition, bad, "a checkpoint")
-
-
-def test_rows_come_along_with_the_parameters(straight: pathlib.Path, folder: pathlib.Path) -> None:
-    """A run that starts from another's parameters has its rows, and fresh slots."""
-    branch = recipe(folder, start_from__run=str(straight))
-    session = open_session(branch, encoder=open_run(straight).dataset.tokenizer)
-    state, data_state = starting_point(session)
-    saved = read_checkpoint(straight / "checkpoints", 8).state["tables"]
-    tiny.assert_same(state.tables["rows"], saved["rows"])
-    assert data_state is None and not np.asarray(state.tables["slots"]["0"]["sum_squares"]).any()
-    bare = dataclasses.replace(branch.start_from, exclude=("memory.*",))
-    plain = tiny.recipe(folder, model__layers=1, start_from=bare)
-    assert starting_point(open_session(plain))[0].tables == {}

@@ -1,5 +1,6 @@
-"""Runs with tables in host memory: bitwise the runs with tables on a device, which they continue and are continued by."""
+"""Whole runs with tables: they go on bitwise, with host memory in place of the device too, and are evaluated with their rows."""
 
+import dataclasses
 import pathlib
 import shutil
 from typing import Any
@@ -15,12 +16,13 @@ from sparse_lm.evaluate.memory import SEEN_OFTEN, evaluate_memory, occupancy, su
 from sparse_lm.memory.engram import Engram
 from sparse_lm.memory.host_array import HostArray
 from sparse_lm.memory.placement import OnDevice, OnHost
+from sparse_lm.parallel.distributed import Distributed
 from sparse_lm.plan import make_plan
 from sparse_lm.recipe import Recipe
-from sparse_lm.train.checkpoint import read_checkpoint
+from sparse_lm.train.checkpoint import CheckpointError, read_checkpoint
 from sparse_lm.train.loop import train
 from sparse_lm.train.metrics import read_rows
-from sparse_lm.train.session import open_session, starting_point
+from sparse_lm.train.session import check_addresses, open_session, starting_point
 from sparse_lm.train.validation import MODEL_ARRAYS, build_eval_step
 
 PLACES = {"device": OnDevice(), "host": OnHost(room=0.6)}
@@ -67,7 +69,7 @@ def test_host_and_device_runs_are_bitwise_equal(runs: dict[str, pathlib.Path]) -
 
 @pytest.mark.parametrize(
     ("first", "then"),
-    [("device", "host"), *(pytest.param("host", place, marks=pytest.mark.slow) for place in PLACES)],
+    [("device", "device"), ("device", "host"), *(pytest.param("host", p, marks=pytest.mark.slow) for p in PLACES)],
 )
 def test_a_run_goes_on_bitwise_in_either_place(
     runs: dict[str, pathlib.Path], folder: pathlib.Path, first: str, then: str
@@ -77,6 +79,18 @@ def test_a_run_goes_on_bitwise_in_either_place(
     shutil.rmtree(other / "checkpoints" / "8")
     assert train(recipe(folder, then), other) == 0
     tiny.assert_same(saved(other, 8), saved(runs["device"], 8))
+
+
+def test_a_finished_run_is_evaluated_with_its_rows(runs: dict[str, pathlib.Path]) -> None:
+    loaded = open_run(runs["device"])
+    assert set(loaded.model_state["tables"]) == {"address", "rows"}
+    assert loaded.definition.classes is not None and loaded.definition.classes.number == 228
+    touched = (np.asarray(saved(runs["device"], 8)["tables"]["slots"]["0"]["clock"]) != 0).mean()
+    assert 0.05 < touched < 0.9
+    with pytest.raises(CheckpointError, match=r"addressed by other hashes: 0\.multipliers_N2"):
+        address = loaded.model_state["tables"]["address"]["0"]
+        bad = {"address": {"0": {**address, "multipliers_N2": address["multipliers_N2"] + 2}}}
+        check_addresses(loaded.definition, bad, "a checkpoint")
 
 
 @pytest.mark.slow
@@ -106,20 +120,30 @@ def test_a_host_run_is_evaluated(runs: dict[str, pathlib.Path]) -> None:
     assert occupancy(host, [batch]) == occupancy(device, [batch])
 
 
-def test_rows_come_along_to_the_host_with_the_parameters(runs: dict[str, pathlib.Path], folder: pathlib.Path) -> None:
-    branch = recipe(folder, "host", start_from__run=str(runs["device"]))
+@pytest.mark.parametrize("place", list(PLACES))
+def test_rows_come_along_with_the_parameters(runs: dict[str, pathlib.Path], folder: pathlib.Path, place: str) -> None:
+    """A run that starts from another's parameters has its rows, and fresh slots."""
+    branch = recipe(folder, place, start_from__run=str(runs["device"]))
     encoder = open_run(runs["device"]).dataset.tokenizer
-    state, _ = starting_point(open_session(branch, encoder=encoder))
-    assert isinstance(state.tables["rows"]["0"], HostArray)
+    state, data_state = starting_point(open_session(branch, encoder=encoder))
+    assert isinstance(state.tables["rows"]["0"], HostArray) == (place == "host")
     tiny.assert_same(state.tables["rows"], saved(runs["device"], 8)["tables"]["rows"])
-    assert not np.asarray(state.tables["slots"]["0"]["clock"]).any()
+    assert data_state is None and not np.asarray(state.tables["slots"]["0"]["clock"]).any()
 
 
-def test_several_devices_are_refused(folder: pathlib.Path) -> None:
+@pytest.mark.slow
+def test_a_run_may_leave_its_rows_behind(runs: dict[str, pathlib.Path], folder: pathlib.Path) -> None:
+    start_from = dataclasses.replace(tiny.recipe(folder).start_from, run=str(runs["device"]), exclude=("memory.*",))
+    plain = tiny.recipe(folder, model__layers=1, start_from=start_from)
+    assert starting_point(open_session(plain))[0].tables == {}
+
+
+def test_several_processes_are_refused(folder: pathlib.Path) -> None:
+    several = Distributed(coordinator="node:1", processes=2, process=0)
     with pytest.raises(
-        ConfigError, match=r"model\.memory\.placement = 'OnHost' .* OnDevice on a mesh of several devices \(2\)"
+        ConfigError, match=r"model\.memory\.placement = 'OnHost' .* OnDevice in a run of several processes \(2\)"
     ):
-        make_plan(recipe(folder, "host"), 2)
+        make_plan(recipe(folder, "host", distributed=several), 2)
 
 
 def test_the_plan_says_where_bytes_live(folder: pathlib.Path) -> None:
@@ -130,6 +154,9 @@ def test_the_plan_says_where_bytes_live(folder: pathlib.Path) -> None:
     address = device.bytes["memory_rows"]["tables"] - 52 * rows
     # 4 x 32 tokens have 4 addresses each, 0.6 of them make 308 rows of 52 bytes; three working sets are held at once.
     assert host.bytes["memory_rows"]["tables"] == address + 3 * (52 * 308 + 4 * 512)
+    # Each of two devices holds half of a working set.
+    halves = make_plan(recipe(folder, "host"), 2)
+    assert halves.bytes["memory_rows"]["tables"] == address + 3 * (52 * 154 + 4 * 256)
 
 
 def test_ngrams_are_listed_by_gain_and_by_gate(runs: dict[str, pathlib.Path]) -> None:
