@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import tiny
 
+from pallas_kernels.backend import assume_device_kind
 from sparse_lm.ahead import KernelsMissing, exponent, look_ahead, weak_scaling
 from sparse_lm.config import ConfigError
 from sparse_lm.layers.feed_forward import DenseFeedForward
@@ -15,6 +17,7 @@ from sparse_lm.parallel.topology import topology
 from sparse_lm.recipe import Recipe
 from sparse_lm.routing.experts import MoEFeedForward
 from sparse_lm.routing.top_k import TopKRouter
+from sparse_lm.train.session import open_session
 
 
 @pytest.mark.slow
@@ -97,3 +100,34 @@ def test_the_real_step_is_compiled_for_a_tpu_slice() -> None:
     payload = sum(c.total_bytes for c in sent if c.result_bytes >= 512 * 2 * 512 * 2)
     assert payload <= 2 * 2 * 2 * (512 * 2) * 512 * 2  # layers x directions x out and back x A x D x itemsize
     assert all("expert" not in c.axes for c in ahead.collectives if c.kind == "all-gather")
+
+
+@pytest.mark.slow
+def test_on_a_tpu_the_shared_expert_computes_while_rows_travel() -> None:
+    """In the schedule that libtpu made, products of the shared expert stand between the start and the end of an exchange."""
+    pytest.importorskip("libtpu")
+    shared = 640  # no other size is 640
+    moe = MoEFeedForward(experts=4, hidden=256, shared_hidden=shared, receive_factor=2.0, router=TopKRouter(k=2))
+    base = Recipe(name="small")
+    attention = Attention(heads=4, kv_heads=2, head_dim=128)
+    model = dataclasses.replace(
+        base.model, d_model=512, layers=1, attention=attention, pattern=(moe,), compute_dtype="bfloat16"
+    )
+    data = dataclasses.replace(base.data, sequence_length=512, batch_size=8)
+    recipe = dataclasses.replace(base, model=model, data=data, mesh=MeshShape(data=1, fsdp=1, expert=4))
+    slice_ = topology("v5p:2x2x1")
+    with assume_device_kind(slice_.chip.platform, slice_.chip.kind):
+        compiled, _ = open_session(recipe, slice_.attach()).compile_step()
+    lines, begun, hidden = compiled.as_text().splitlines(), {}, []
+    for number, line in enumerate(lines):
+        if start := re.match(r" +%(ragged-all-to-all-start[.\d]*) = ", line):
+            begun[start[1]] = number
+        elif done := re.search(r"ragged-all-to-all-done\(%(\S+)\)", line):
+            travelling = lines[begun.pop(done[1]) + 1 : number]
+            products = [
+                op for op in travelling if "dot_general" in op and re.search(rf"= \(?bf16\[[\d,]*\b{shared}\b", op)
+            ]
+            hidden.append((products, "transpose(" in line))
+    assert len(hidden) == 6 and not begun
+    for backward in (False, True):
+        assert any(products for products, is_backward in hidden if is_backward is backward)
