@@ -16,7 +16,7 @@ import jax.custom_batching
 import jax.numpy as jnp
 
 from pallas_kernels.backend import Backend, dispatch, vary_together
-from pallas_kernels.embedding_lookup import float8_rows, reference, triton, xla
+from pallas_kernels.embedding_lookup import float8_rows, mosaic_tpu, reference, triton, xla
 
 
 @functools.cache
@@ -26,6 +26,8 @@ def _operation(backend: str | None):
 
     backends = (
         Backend("triton", ("cuda",), triton.supports, triton.lookup),
+        # By name only: it has been compiled, but never timed beside XLA's gather.
+        Backend("mosaic_tpu", ("tpu",), mosaic_tpu.supports, mosaic_tpu.lookup, False),
         Backend("xla", None, anything, xla.lookup),
         Backend("reference", None, anything, reference.lookup, False),
     )
@@ -70,7 +72,7 @@ def embedding_lookup(table: jax.Array, address: jax.Array, *, backend: str | Non
     Args:
         table: [R, D] of a floating dtype, or uint32 [R, W]: float8 rows with scales, packed by :func:`float8_rows.pack`.
         address: int32 [...]. Addresses below 0 and from R on are of no row.
-        backend: "triton", "xla", "reference", or None for the best one on each platform.
+        backend: "triton", "mosaic_tpu", "xla", "reference", or None for the best one on each platform.
 
     Returns:
         [..., D] in the table's dtype, bfloat16 for packed rows (exactly what is stored); zeros for addresses of no row. The gradient of a
