@@ -69,7 +69,6 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         experiments.load("quikstart")
 
 
-@pytest.mark.slow
 def test_the_smoke_variant_of_the_quickstart_trains(tmp_path: pathlib.Path) -> None:
     """On two folders of local text: the packaged corpus is another test's."""
     tiny.corpus(tmp_path / "text")

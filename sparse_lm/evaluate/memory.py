@@ -59,8 +59,7 @@ def build_step(loaded: Loaded) -> Callable[[Any, Any, dict[str, np.ndarray]], tu
 
         def run(params: Any, model_state: Any, batch: Any) -> Any:
             losses_BL, aux = sized.token_losses(params, model_state, batch)
-            layers = {name.removeprefix(MEMORY): own for name, own in aux.choices.items() if name.startswith(MEMORY)}
-            return losses_BL, {block: own["gate"] for block, own in layers.items()}
+            return losses_BL, {name.removeprefix(MEMORY): own["gate"] for name, own in aux.gates.items()}
 
         return jax.jit(over_members(run, loaded.population, (0, 0, None)))
 

@@ -36,26 +36,27 @@ class TokenInfo(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """What a layer reports besides its output; all but the choices adds over layers, shards and microbatches.
+    """What a layer reports besides its output; all but choices and gates adds over layers, shards and microbatches.
 
     Attributes:
       objective: {"tokens": sum, "groups": sum}: weighted auxiliary losses, summed over tokens and over routing groups.
       metrics: {name: (sum, count)}.
       statistics: {path: counts} that `advance` turns into the next model state.
-      choices: {router of the block: int32 experts of each token [B, L, R]}, which `TokenInfo.replay` takes; of a memory layer {"gate":
-        float32 [B, L]}, which is only read.
+      choices: {router of the block: int32 experts of each token [B, L, R]}, which `TokenInfo.replay` takes.
+      gates: {name: float32 [B, L]} of a memory layer: how far each position lets in what was looked up.
     """
 
     objective: dict[str, jax.Array]
     metrics: dict[str, Any]
     statistics: dict[str, Any]
     choices: dict[str, Any]
+    gates: dict[str, Any]
 
 
 def no_aux() -> Aux:
     """The report of a layer that has nothing to report."""
     zero = jnp.zeros((), jnp.float32)
-    return Aux({"tokens": zero, "groups": zero}, {}, {}, {})
+    return Aux({"tokens": zero, "groups": zero}, {}, {}, {}, {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

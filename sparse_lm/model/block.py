@@ -55,7 +55,7 @@ class Block(nnx.Module):
         objective = jax.tree.map(lambda a, b: a + b, aux.objective, routing.objective)
         statistics = {**aux.statistics, **({"depth": routing.statistics} if self.depth.state_names else {})}
         choices = {**aux.choices, "depth": routing.expert_GSR}
-        return y_BLD, Aux(objective, {**aux.metrics, **depth.depth_metrics(routing)}, statistics, choices), cache
+        return y_BLD, Aux(objective, {**aux.metrics, **depth.depth_metrics(routing)}, statistics, choices, {}), cache
 
     def masked(
         self, x_BLD: jax.Array, info: TokenInfo, angles: Angles, cache: Cache | None, plan: depth.RoutingPlan

@@ -228,7 +228,7 @@ class Transformer(nnx.Module):
         delta_BLD, each_BL, values = _with_remat(apply, self.config)(state, x_BLD, rows[table])
         valid_BL = (info.segments_BL > 0).astype(jnp.float32)
         metrics = {name: (jnp.sum(own_BL * valid_BL), jnp.sum(valid_BL)) for name, own_BL in each_BL.items()}
-        return as_tokens(x_BLD + delta_BLD), (no_aux()._replace(metrics=metrics, choices=each_BL), values)
+        return as_tokens(x_BLD + delta_BLD), (no_aux()._replace(metrics=metrics, gates=each_BL), values)
 
 
 def _with_remat(apply: Callable, config: Model) -> Callable:
@@ -239,12 +239,13 @@ def _with_remat(apply: Callable, config: Model) -> Callable:
 
 
 def _merge_reports(reports: dict[str, Aux]) -> Aux:
-    """Sums objectives over blocks; metrics, statistics and choices keep the name of their run."""
+    """Sums objectives over blocks; all else keeps the name of its run."""
     objective = {unit: sum(jnp.sum(aux.objective[unit]) for aux in reports.values()) for unit in ("tokens", "groups")}
     metrics = {name: aux.metrics for name, aux in reports.items() if aux.metrics}
     statistics = {name: aux.statistics for name, aux in reports.items() if aux.statistics}
     choices = {name: aux.choices for name, aux in reports.items() if aux.choices}
-    return Aux(objective, metrics, {"blocks": statistics} if statistics else {}, choices)
+    gates = {name: aux.gates for name, aux in reports.items() if aux.gates}
+    return Aux(objective, metrics, {"blocks": statistics} if statistics else {}, choices, gates)
 
 
 def first_block(run: str) -> int:

@@ -207,4 +207,4 @@ class MoELayer(nnx.Module):
             y_BLD = y_BLD + self.shared(x_BLD, info)[0]
         statistics = {"router": routing.statistics} if self.router.state_names else {}
         choices = {"feed_forward": routing.expert_GSR.reshape(batch, length, -1)}
-        return y_BLD, Aux(routing.objective, metrics, statistics, choices)
+        return y_BLD, Aux(routing.objective, metrics, statistics, choices, {})

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparse_lm.config import component
-from sparse_lm.layers.feed_forward import Activation, Aux, FeedForward, TokenInfo, activate
+from sparse_lm.layers.feed_forward import Activation, Aux, FeedForward, TokenInfo, activate, no_aux
 from sparse_lm.layers.parameter import declare
 from sparse_lm.layers.projection import DenseProjection, Projection
 from sparse_lm.routing.losses import entropy
@@ -95,10 +95,7 @@ class SoftMoELayer(nnx.Module):
         y_AD = self.down.grouped(activate(gate_AF, up_AF, config.activation), sizes_E)
         y_GND = jnp.moveaxis(y_AD.reshape(config.experts, groups, config.slots, d_model), 0, 1).reshape(slots_GND.shape)
         y_GSD = jnp.einsum("gsn,gnd->gsd", combine_GSN.astype(x_BLD.dtype), y_GND)
-        zero = jnp.zeros((), jnp.float32)
-        return y_GSD.reshape(x_BLD.shape), Aux(
-            {"tokens": zero, "groups": zero}, self._metrics(combine_GSN, valid_GS), {}, {}
-        )
+        return y_GSD.reshape(x_BLD.shape), no_aux()._replace(metrics=self._metrics(combine_GSN, valid_GS))
 
     def _metrics(self, combine_GSN: jax.Array, valid_GS: jax.Array) -> dict[str, Any]:
         """The weight that tokens give to each expert, its entropy, and rows computed per token."""

@@ -206,6 +206,6 @@ def test_evaluation_returns_no_state() -> None:
     losses, aux = program(params, None)
     again, _ = program(params, None)
     np.testing.assert_array_equal(losses, again)
-    assert set(aux._fields) == {"objective", "metrics", "statistics", "choices"}
+    assert set(aux._fields) == {"objective", "metrics", "statistics", "choices", "gates"}
     tiny.assert_same(state, before)
     assert token_info(BATCH).key is None  # and nothing is drawn
