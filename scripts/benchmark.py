@@ -145,10 +145,20 @@ def memory(arguments: list[str]) -> None:
         help="how tokens repeat: as in text, or drawn one by one",
     )
     parser.add_argument("--generate", action="store_true", help="also time generation, with each size")
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="hold the tables of all sizes at once and let them take turns, for a machine that others use too",
+    )
     parser.add_argument("--json", help="write the numbers to this file")
     recipe, options = command_line.read_recipe(description, parser)
     found = memory_benchmark.measure(
-        recipe, options.sizes, repeats=options.repeats, text=options.text, generation=options.generate
+        recipe,
+        options.sizes,
+        repeats=options.repeats,
+        text=options.text,
+        generation=options.generate,
+        together=options.together,
     )
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(found, indent=1) + "\n")

@@ -50,6 +50,10 @@ def word_tokens(vocabulary: int, size: int) -> np.ndarray:
     return words[chosen][np.arange(3) < lengths[chosen][:, None]][:size]
 
 
+BATCHES = 8
+"""Batches that steps take in turn: more rows than caches hold."""
+TURN = 5
+"""Steps that a recipe takes before the next one does."""
 TEXTS = {"words": word_tokens, "independent": independent_tokens}
 """How the tokens of a batch repeat."""
 
@@ -66,58 +70,92 @@ def _is_host(leaf: Any) -> bool:
     return isinstance(leaf, HostArray)
 
 
-def time_steps(recipe: Recipe, *, repeats: int, text: str = "words") -> dict[str, float]:
-    """Times the bare step: `repeats` steps each waited for, then as many one after another, as a run enqueues them.
+class Arm:
+    """The compiled step of a recipe and its batches, run a few times; tables in host memory were written to once.
 
     Args:
       recipe: what is trained.
-      repeats: steps.
       text: a key of `TEXTS`.
+    """
+
+    def __init__(self, recipe: Recipe, text: str):
+        session = open_session(recipe)
+        data, vocabulary = recipe.data, recipe.model.vocab_size
+        tokens = TEXTS[text](vocabulary, BATCHES * data.batch_size * data.sequence_length)
+        batches = []
+        for seed, part in enumerate(np.split(tokens, BATCHES)):
+            batch = packed_batch(data.batch_size, data.sequence_length, vocabulary, mean_document=500, seed=seed)
+            batches.append({**batch, "tokens_BL": part.reshape(data.batch_size, data.sequence_length)})
+        self._step = RepeatedStep(session, *batches)
+        self._tables_gb = (
+            sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(session.abstract.tables)) / 1e9
+        )
+        touch(self._step.state.tables)
+        self._step.tables.find(batches[0])
+        start = time.perf_counter()
+        self._step.tables.find(batches[1])
+        self._find_ms = 1e3 * (time.perf_counter() - start)
+        self._waited: list[tuple[float, float]] = []
+        self._run: list[tuple[float, float]] = []
+        self.wait_for(BATCHES)
+        self._waited.clear()
+        self._step.tables.read()
+
+    def wait_for(self, steps: int) -> None:
+        """Takes steps, each waited for."""
+        for _ in range(steps):
+            start, start_cpu = time.perf_counter(), time.process_time()
+            self._step()
+            jax.block_until_ready(self._step.state)
+            self._waited.append((time.perf_counter() - start, time.process_time() - start_cpu))
+
+    def enqueue(self, steps: int) -> None:
+        """Takes steps one after another, as a run enqueues them."""
+        start, start_cpu = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            self._step()
+        jax.block_until_ready(self._step.state)
+        self._run.append(((time.perf_counter() - start) / steps, (time.process_time() - start_cpu) / steps))
+
+    def row(self) -> dict[str, float]:
+        """Ends the arm and returns its numbers; see `time_steps`."""
+        moved = self._step.tables.read()
+        self._step.tables.close()
+        memory = machine.memory_statistics()
+        wall_W, cpu_W = 1e3 * np.array(self._waited).T
+        run, run_cpu = 1e3 * np.median(self._run, axis=0)
+        return {
+            "min_ms": float(wall_W.min()),
+            "median_ms": float(np.median(wall_W)),
+            "mean_ms": float(wall_W.mean()),
+            "min_cpu_ms": float(cpu_W.min()),
+            "median_cpu_ms": float(np.median(cpu_W)),
+            "run_ms": float(run),
+            "cpu_ms": float(run_cpu),
+            "table_gb": self._tables_gb,
+            "compile_s": self._step.compile_s,
+            "peak_gb": memory["peak_bytes"] / 1e9 if memory else float("nan"),
+            **({"find_ms": self._find_ms, **moved} if moved else {}),
+        }
+
+
+def time_steps(recipes: Sequence[Recipe], *, repeats: int, text: str = "words") -> list[dict[str, float]]:
+    """Times the bare steps of recipes: `repeats` steps each waited for, then as many one after another, as a run enqueues them.
+
+    The recipes take turns of `TURN` steps, so that what slows a machine down slows all of them.
 
     Returns:
-      {"min_ms", "median_ms", "mean_ms" (of steps waited for), "run_ms" (mean of steps one after another), "cpu_ms" (processor time of
-      one of those over all threads), "table_gb", "compile_s", "peak_gb"}; with tables in host memory also "find_ms" (addresses and
-      distinct rows of a batch; a run does it in the thread of the data) and what `Tables.read` reports of the steps one after another.
+      For each {"min_ms", "median_ms", "mean_ms" (of steps waited for), "min_cpu_ms", "median_cpu_ms" (their processor time over all
+      threads), "run_ms", "cpu_ms" (mean of steps one after another, median over turns), "table_gb", "compile_s", "peak_gb"}; with tables
+      in host memory also "find_ms" (addresses and distinct rows of a batch; a run does it in the thread of the data) and what
+      `Tables.read` reports of all these steps.
     """
-    session = open_session(recipe)
-    data = recipe.data
-    fixed = packed_batch(data.batch_size, data.sequence_length, recipe.model.vocab_size, mean_document=500, seed=0)
-    shape = fixed["tokens_BL"].shape
-    fixed["tokens_BL"] = TEXTS[text](recipe.model.vocab_size, math.prod(shape)).reshape(shape)
-    step = RepeatedStep(session, fixed)
-    touch(step.state.tables)
-    leaves = jax.tree.leaves(session.abstract.tables)
-    step.tables.find(fixed)
-    start = time.perf_counter()
-    step.tables.find(fixed)
-    find_ms = 1e3 * (time.perf_counter() - start)
-    wall = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        step()
-        jax.block_until_ready(step.state)
-        wall.append(time.perf_counter() - start)
-    wall = wall[2:]
-    step.tables.read()
-    start, start_cpu = time.perf_counter(), time.process_time()
-    for _ in range(repeats):
-        step()
-    jax.block_until_ready(step.state)
-    run, cpu = time.perf_counter() - start, time.process_time() - start_cpu
-    moved = step.tables.read()
-    step.tables.close()
-    memory = machine.memory_statistics()
-    return {
-        "min_ms": 1e3 * min(wall),
-        "median_ms": 1e3 * float(np.median(wall)),
-        "mean_ms": 1e3 * float(np.mean(wall)),
-        "run_ms": 1e3 * run / repeats,
-        "cpu_ms": 1e3 * cpu / repeats,
-        "table_gb": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) / 1e9,
-        "compile_s": step.compile_s,
-        "peak_gb": memory["peak_bytes"] / 1e9 if memory else float("nan"),
-        **({"find_ms": find_ms, **moved} if moved else {}),
-    }
+    arms = [Arm(recipe, text) for recipe in recipes]
+    for take in (Arm.wait_for, Arm.enqueue):
+        for done in range(0, repeats, TURN):
+            for arm in arms:
+                take(arm, min(TURN, repeats - done))
+    return [arm.row() for arm in arms]
 
 
 def with_rows(recipe: Recipe, rows: int) -> Recipe:
@@ -153,16 +191,15 @@ def time_generation(
 
 
 def step_table(
-    recipe: Recipe, sizes: Sequence[int], *, repeats: int, text: str, generation: bool
+    recipe: Recipe, sizes: Sequence[int], *, repeats: int, text: str, generation: bool, together: bool
 ) -> list[dict[str, Any]]:
-    """Times the recipe without memory and with tables of each size."""
+    """Times the recipe without memory and with tables of each size, one after another or, `together`, in turns."""
     lines = []
-    for rows in (0, *sizes):
-        line = {"rows": rows, **time_steps(with_rows(recipe, rows), repeats=repeats, text=text)}
-        if generation:
-            line |= time_generation(with_rows(recipe, rows))
-        lines.append(line)
-        print("  ".join(f"{k} {v:.4g}" for k, v in line.items()), flush=True)
+    for group in [(0, *sizes)] if together else [(rows,) for rows in (0, *sizes)]:
+        recipes = [with_rows(recipe, rows) for rows in group]
+        for rows, own, timed in zip(group, recipes, time_steps(recipes, repeats=repeats, text=text), strict=True):
+            lines.append({"rows": rows, **timed, **(time_generation(own) if generation else {})})
+            print("  ".join(f"{k} {v:.4g}" for k, v in lines[-1].items()), flush=True)
     return lines
 
 
@@ -208,9 +245,15 @@ def host_hashing(
 
 
 def measure(
-    recipe: Recipe, sizes: Sequence[int], *, repeats: int, text: str = "words", generation: bool = False
+    recipe: Recipe,
+    sizes: Sequence[int],
+    *,
+    repeats: int,
+    text: str = "words",
+    generation: bool = False,
+    together: bool = False,
 ) -> dict[str, Any]:
-    """Measures and prints what the benchmark says: hashing, and the step by table size."""
+    """Measures and prints what the benchmark says: hashing, and the step by table size; arguments as for `step_table`."""
     memory = recipe.model.memory
     if not isinstance(memory, NgramMemory):
         raise ValueError(f"recipe {recipe.name} has no memory of n-grams; allowed: --with memory=engram and the like")
@@ -223,5 +266,5 @@ def measure(
         "jax": jax.__version__,
         "hashing": hashing,
         "text": text,
-        "steps": step_table(recipe, sizes, repeats=repeats, text=text, generation=generation),
+        "steps": step_table(recipe, sizes, repeats=repeats, text=text, generation=generation, together=together),
     }
