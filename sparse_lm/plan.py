@@ -235,11 +235,8 @@ def activation_bytes(definition: Definition, rows: int, length: int) -> int:
 
 def _residual_bytes(definition: Definition, rows: int, length: int) -> int:
     batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in MODEL_ARRAYS}
-    params, state = (
-        map_leaves(lambda _, shape: jax.ShapeDtypeStruct(shape, jnp.float32), tree)
-        for tree in (definition.shapes, definition.state_shapes)
-    )
-
+    params = map_leaves(lambda _, shape: jax.ShapeDtypeStruct(shape, jnp.float32), definition.shapes)
+    state = jax.eval_shape(definition.initial_state)  # the lists of sparse matrices are integers
     looked_up = {
         name: jax.ShapeDtypeStruct((rows, length, len(table.primes) * table.width), table.read_dtype)
         for name, table in definition.config.memory.tables().items()

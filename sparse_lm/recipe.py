@@ -84,6 +84,9 @@ class Recipe(Config):
             name = type(self.model.memory.placement).__name__
             raise ConfigError("model.memory.placement", name, "OnDevice in a population, whose members read together")
         self.weight_sparsity.check_start(self.start_from)
+        for path, config in children(self.model, "model"):
+            if isinstance(config, Projection) and config.learns_order and not self.weight_sparsity.learns_orders:
+                raise ConfigError(f"{path}.permutation", "learned", "none or random unless weight_sparsity is packed")
         if not self.optimizer.elementwise:
             for path, config in children(self.model, "model"):
                 if isinstance(config, Projection) and config.packed:

@@ -11,8 +11,10 @@ from sparse_lm.layers.feed_forward import DenseFeedForward
 from sparse_lm.model.attention import Attention
 from sparse_lm.parallel.mesh import MeshShape
 from sparse_lm.plan import compile_here, device_count, make_plan
+from sparse_lm.recipe import Recipe
 from sparse_lm.routing.experts import MoEFeedForward
 from sparse_lm.routing.top_k import TopKRouter
+from sparse_lm.weight_sparsity.projection import BlockSparseProjection
 
 
 def planned(tmp_path, devices=1, feed_forward=tiny.DENSE, mesh=None, **changes):
@@ -104,3 +106,16 @@ def test_the_compiled_step_takes_the_state_that_was_planned(tmp_path):
     assert 0 <= compiled.argument_bytes - state - batch <= 64
     assert compiled.alias_bytes >= 0.9 * state
     assert compiled.flops > 0.8 * plan.step_flops
+
+
+def test_a_packed_model_is_planned_with_the_kernels_that_would_run_it():
+    """Blocks of 64 in bfloat16 are what the Hopper kernels take: tracing them needs the lists of a pattern as integers."""
+    blocks = BlockSparseProjection(density=0.5, block=64)
+    attention = Attention(heads=2, head_dim=64, projection=blocks)
+    forward = DenseFeedForward(hidden=128, activation="relu_squared", projection=blocks)
+    model = tiny.model(forward, attention=attention, d_model=128, layers=1, compute_dtype="bfloat16")
+    recipe = Recipe(model=model)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sequence_length=64, batch_size=2))
+    plan = make_plan(recipe, 1)
+    # Two of four blocks of 64 x 64 in each of six matrices.
+    assert plan.bytes["feed_forward"]["params"] + plan.bytes["attention"]["params"] == 4 * 6 * 2 * 64 * 64

@@ -28,6 +28,11 @@ class Projection(Config):
     packed: ClassVar[bool] = False
     """Whether it stores only blocks that exist: optimizers must then be elementwise."""
 
+    @property
+    def learns_order(self) -> bool:
+        """Whether the order of its inputs is learned, which is the work of weight_sparsity = packed."""
+        return False
+
     def build(self, inputs: int, outputs: int, dims: tuple[str, str], *, experts: int = 0) -> "nnx.Module":
         """Builds the module.
 

@@ -12,6 +12,7 @@ from sparse_lm.model import depth
 from sparse_lm.model.attention import Attention, AttentionLayer, Cache
 from sparse_lm.parallel.rules import as_tokens
 from sparse_lm.routing.router import Router, RouterInputs, RouterLayer
+from sparse_lm.weight_sparsity.sparse_activations import recording
 
 Angles = tuple[jax.Array, jax.Array]
 
@@ -68,9 +69,11 @@ class Block(nnx.Module):
         self, x_BLD: jax.Array, info: TokenInfo, angles: Angles, cache: Cache | None
     ) -> tuple[jax.Array, Aux, Cache | None]:
         """Passes every token."""
-        attended_BLD, cache = self.attention(self.attention_norm(x_BLD), angles, info.segments_BL, cache)
-        x_BLD = as_tokens(x_BLD + attended_BLD)
-        y_BLD, aux = self.feed_forward(self.feed_forward_norm(x_BLD), info)
+        with recording(self) as counts:
+            attended_BLD, cache = self.attention(self.attention_norm(x_BLD), angles, info.segments_BL, cache)
+            x_BLD = as_tokens(x_BLD + attended_BLD)
+            y_BLD, aux = self.feed_forward(self.feed_forward_norm(x_BLD), info)
+        aux = aux._replace(metrics={**aux.metrics, **counts})
         if aux.statistics:
             aux = aux._replace(statistics={"feed_forward": aux.statistics})
         return as_tokens(x_BLD + y_BLD), aux, cache

@@ -28,6 +28,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "block_in": None,
     "block_out": None,
     "rank": None,
+    "permuted": None,
     "list": None,
     "rows": ("data", "fsdp", "expert", "context"),
     "row": None,

@@ -40,6 +40,7 @@ from sparse_lm.train.step import PULSE
 from sparse_lm.train.termination import Termination
 from sparse_lm.train.validation import EvalStep, build_eval_step, validation_row
 from sparse_lm.weight_sparsity.pictures import MaskPictures
+from sparse_lm.weight_sparsity.sparse_activations import activations_row, split_metrics
 from sparse_lm.weight_sparsity.telemetry import absent, sparsity_row
 
 
@@ -318,7 +319,9 @@ class Run:
         row: dict[str, Any] = {"kind": "train", "step": done, **meter.read()}
         row["flops"] /= self.session.members or 1  # like tokens: of one member
         row.update({name: pulse[name] for name in ("loss", "learning_rate", "grad_norm", "skipped")})
-        row.update(router_row(jax.device_get(metrics["blocks"]), population=self.recipe.population.active) | self.churn)
+        routers, activations = split_metrics(jax.device_get(metrics["blocks"]))
+        row.update(router_row(routers, population=self.recipe.population.active) | self.churn)
+        row.update(activations_row(activations))
         self.churn = {}
         found, alarms = self.watch.update(row)
         row.update(found)

@@ -107,9 +107,9 @@ def check_mesh(packed: dict[str, PackedMatrix], mesh: AbstractMesh | Mesh) -> No
             allowed = f"a multiple of mesh.tensor ({shards}), which splits the rows of {path}"
             raise ConfigError("projection.row_shards", pattern.row_shards, allowed)
         if side == "in" and matrix.permuted:
-            raise ConfigError(
-                "projection.permutation", "random", f"none where mesh.tensor ({shards}) splits the inputs of {path}"
-            )
+            order = "learned" if matrix.learned else "random"
+            allowed = f"none where mesh.tensor ({shards}) splits the inputs of {path}"
+            raise ConfigError("projection.permutation", order, allowed)
 
 
 def _part(topology: BlockTopology, pattern: BlockPattern, side: str, shards: int, index: jax.Array):

@@ -11,7 +11,7 @@ they do. Their state is one nested dict, `TrainState.sparsity`.
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 
@@ -135,6 +135,9 @@ class Sparsifier:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightSparsity(Config):
     """Base of the kinds of weight sparsity."""
+
+    learns_orders: ClassVar[bool] = False
+    """Whether it learns the order of inputs where a projection asks for it."""
 
     def check_start(self, start: "StartFrom") -> None:
         """Raises ConfigError if a run cannot start from there."""

@@ -4,15 +4,18 @@ Values, moments and averages of a changed matrix follow their blocks; the lists 
 the topology have a program of their own (`Sparsifier.apart`): the others neither hold the pass that growth needs nor wait for a
 condition. In a step that is not finite every block stays where it is.
 
+Where a projection learns the order of its inputs, soft orders are made doubly stochastic again after every step and hardened when the
+time comes (`learned_permutation`).
+
 State: {"mask", "ever": {path: bool [..., R, C], which blocks exist, and have existed},
-"counts": {path: what the last change did}}.
+"counts": {path: what the last change did}, and with learned orders "shuffle": {path: {"penalty", "hard"}}}.
 
 Legend: R, C block rows and columns, J blocks, K inputs, b block size.
 """
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +23,10 @@ import jax.numpy as jnp
 from pallas_kernels.block_sparse_matmul.topology import dense_mask
 from sparse_lm.config import ConfigError, component
 from sparse_lm.layers.tree_paths import flatten, role
+from sparse_lm.weight_sparsity import learned_permutation
 from sparse_lm.weight_sparsity.door import Change, Moment, Sparsifier, Tree, WeightSparsity
 from sparse_lm.weight_sparsity.gradient_probe import slab_norms
+from sparse_lm.weight_sparsity.learned_permutation import Shuffle
 from sparse_lm.weight_sparsity.packed_matrix import (
     PackedMatrix,
     at,
@@ -56,6 +61,10 @@ class Packed(WeightSparsity):
     """How blocks are dropped and grown."""
     schedule: Periodic = Periodic()
     """When, and which share of the blocks."""
+    shuffle: Shuffle = Shuffle()
+    """How the order of inputs is learned where a projection says so."""
+
+    learns_orders: ClassVar[bool] = True
 
     def build(
         self, definition: "Definition", optimizer: "Optimizer", steps: int, microbatches: int
@@ -68,6 +77,10 @@ class Packed(WeightSparsity):
         for path, matrix in definition.packed.items():
             if self.algorithm.reads == "companion" and "out" not in at(definition.shapes, path):
                 raise ConfigError("algorithm", name, f"one that needs no companion: {path} has none")
+            if self.algorithm.reads == "companion" and matrix.learned:
+                raise ConfigError(
+                    "algorithm", name, f"set, rigl or static where the order of inputs is learned ({path})"
+                )
             if self.algorithm.reads == "gradient" and matrix.experts and mesh is not None and mesh.size > 1:
                 raise ConfigError("algorithm", name, f"set or static for experts spread over a mesh ({path})")
         return PackedSparsifier(self, definition, steps, microbatches)
@@ -81,6 +94,7 @@ class PackedSparsifier(Sparsifier):
     def __init__(self, config: Packed, definition: "Definition", steps: int, microbatches: int):
         self.algorithm, self.schedule, self.steps = config.algorithm, config.schedule, steps
         self.microbatches, self.packed, self.dims = microbatches, definition.packed, flatten(definition.dims)
+        self.shuffle, self.learned = config.shuffle, {p: m for p, m in definition.packed.items() if m.learned}
 
     def masks(self, model_state: Tree) -> dict[str, jax.Array]:
         """Returns which blocks exist in every matrix, bool [..., R, C]."""
@@ -96,7 +110,36 @@ class PackedSparsifier(Sparsifier):
         """See Sparsifier.init."""
         masks = self.masks(model_state)
         counts = {path: measure(mask, mask, mask) for path, mask in masks.items()}
-        return params, model_state, {"mask": nested(masks), "ever": nested(masks), "counts": nested(counts)}
+        sparsity: Tree = {"mask": nested(masks), "ever": nested(masks), "counts": nested(counts)}
+        if self.learned:
+            begun = {}
+            for path, matrix in self.learned.items():
+                soft = at(params, f"{path}.soft")
+                uniform = jax.vmap(lambda k, s=soft.shape[-2:]: jax.random.uniform(k, s))
+                drawn = learned_permutation.first_soft(uniform(matrix_keys(key, path, matrix))).reshape(soft.shape)
+                # One that came from elsewhere stays.
+                begun[f"{path}.soft"] = jnp.where(jnp.any(soft != 0.0), soft, drawn)
+            params = replaced(params, begun)
+            sparsity["shuffle"] = self._shuffle_numbers(params, model_state)
+        return params, model_state, sparsity
+
+    def _shuffle_numbers(self, params: Tree, model_state: Tree) -> Tree:
+        """Returns {path: {"penalty", "hard"}} of the learned orders."""
+        found = {}
+        for path in self.learned:
+            soft, hard = at(params, f"{path}.soft"), at(model_state, f"{path}.hard")
+            found[path] = {"penalty": learned_permutation.penalty(soft), "hard": hard}
+        return nested(found)
+
+    def optimizer_grads(self, grads: Tree, params: Tree, sparsity: Tree, step: jax.Array) -> Tree:
+        """See Sparsifier.optimizer_grads: the gradient of the penalty is added to that of soft orders."""
+        changes = {}
+        for path in self.learned:
+            soft = at(params, f"{path}.soft")
+            is_soft = (at(sparsity["shuffle"], path)["hard"] == 0.0)[..., None, None]
+            own = self.shuffle.penalty * learned_permutation.penalty_gradient(soft)
+            changes[f"{path}.soft"] = at(grads, f"{path}.soft") + jnp.where(is_soft, own, 0.0)
+        return replaced(grads, changes)
 
     def state_dims(self, state: Tree) -> Tree:
         """See Sparsifier.state_dims."""
@@ -119,10 +162,45 @@ class PackedSparsifier(Sparsifier):
 
     def apart(self, step: int) -> bool:
         """See Sparsifier.apart."""
-        return bool(self.due(step))
+        return bool(self.due(step)) or bool(self.learned and self.shuffle.due(step, self.steps))
 
     def update(self, moment: Moment) -> Change:
         """See Sparsifier.update."""
+        if not self.learned:
+            return self._topology(moment)
+        shuffled = self._shuffled(moment)
+        change = self._topology(shuffled)
+        numbers = self._shuffle_numbers(shuffled.params, shuffled.model_state)
+        return change._replace(sparsity={**change.sparsity, "shuffle": numbers})
+
+    def _shuffled(self, moment: Moment) -> Moment:
+        """Returns the moment with soft orders that are doubly stochastic, and in some steps with some of them hardened."""
+        params: Tree = {}
+        model_state: Tree = {}
+        look = moment.finite & self.shuffle.due(moment.step, self.steps)
+        now = look & (moment.step >= self.shuffle.last(self.steps))
+        threshold = jnp.where(look, self.shuffle.threshold, -1.0)
+        for path in self.learned:
+            order, hard = (at(moment.model_state, f"{path}.{name}") for name in ("permutation", "hard"))
+            before, soft = (at(tree, f"{path}.soft") for tree in (moment.before, moment.params))
+            soft = learned_permutation.after_step(before, soft, hard, moment.finite)
+            if moment.changes:
+                size = soft.shape[-1]
+                # One after the other: a condition over all at once would choose an assignment for each.
+                found = jax.lax.map(
+                    lambda one: learned_permutation.harden(one[0], one[1], one[2], now, threshold),
+                    (soft.reshape(-1, size, size), order.reshape(-1, size), hard.reshape(-1)),
+                )
+                new_soft, new_order, new_hard = found
+                soft, order = new_soft.reshape(soft.shape), new_order.reshape(order.shape)
+                model_state |= {f"{path}.permutation": order, f"{path}.hard": new_hard.reshape(hard.shape)}
+            params[f"{path}.soft"] = soft
+        return moment._replace(
+            params=replaced(moment.params, params), model_state=replaced(moment.model_state, model_state)
+        )
+
+    def _topology(self, moment: Moment) -> Change:
+        """Returns the change of the blocks."""
         if not self.algorithm.changes or not moment.changes:
             return Change(moment.params, moment.opt_state, moment.model_state, moment.sparsity, moment.ema)
         # Values, and whatever else has one number a weight.
@@ -138,10 +216,9 @@ class PackedSparsifier(Sparsifier):
         values = {path: at(moment.params, f"{path}.values") for path in self.packed}
         changing = moment.finite & self.due(moment.step)
         share = self.schedule.drop_fraction(moment.step, self.steps)
+        kept = {name: moment.sparsity[name] for name in ("mask", "ever", "counts")}
         new, source, sparsity = self.changed(topology, values, self.scores(moment), share, moment.sparsity)
-        new, sparsity = jax.tree.map(
-            lambda n, o: jnp.where(changing, n, o), (new, sparsity), (topology, moment.sparsity)
-        )
+        new, sparsity = jax.tree.map(lambda n, o: jnp.where(changing, n, o), (new, sparsity), (topology, kept))
         stay = {path: jnp.broadcast_to(jnp.arange(s.shape[-1], dtype=s.dtype), s.shape) for path, s in source.items()}
         source = {path: jnp.where(changing, s, stay[path]) for path, s in source.items()}
         after = {
@@ -280,6 +357,9 @@ class PackedSparsifier(Sparsifier):
             sizes |= {"inputs": float(pattern.rows), "outputs": float(pattern.columns), "mean_density": pattern.density}
             full = {name: jnp.full(matrix.batch, size, jnp.float32) for name, size in sizes.items()}
             found[path] = counts | full
+            if path in self.learned:
+                shuffle = at(sparsity["shuffle"], path)
+                found[path] |= {"soft": shuffle["penalty"], "hard": shuffle["hard"], "orders": full["inputs"] * 0 + 1.0}
         return found
 
     def pictures(self, sparsity: Tree) -> Tree:

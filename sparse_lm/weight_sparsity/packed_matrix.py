@@ -148,6 +148,7 @@ class PackedMatrix:
       layers: numbers of the blocks of its stacked run; (): not stacked.
       permuted: whether its inputs are permuted.
       dims: logical dims of the two sides.
+      learned: whether their order is learned.
     """
 
     pattern: BlockPattern
@@ -155,6 +156,7 @@ class PackedMatrix:
     layers: tuple[int, ...]
     permuted: bool
     dims: tuple[str, str]
+    learned: bool = False
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -172,7 +174,10 @@ def packed_matrices(model: nnx.Module) -> dict[str, PackedMatrix]:
         match = next((m for part in path if (m := RUN_KEY.match(str(part)))), None)
         layers = tuple(range(int(match[1]), int(match[2]) + 1)) if match else ()
         permuted = getattr(module, "permutation", None) is not None
-        found[".".join(map(str, path))] = PackedMatrix(topology.pattern, module.experts, layers, permuted, module.dims)
+        learned = getattr(module, "soft", None) is not None
+        found[".".join(map(str, path))] = PackedMatrix(
+            topology.pattern, module.experts, layers, permuted, module.dims, learned
+        )
     return dict(sorted(found.items()))
 
 
@@ -260,7 +265,7 @@ def matrix_keys(key: jax.Array, path: str, matrix: PackedMatrix) -> jax.Array:
 
 
 def initial_topologies(key: jax.Array, packed: Mapping[str, PackedMatrix], state: Tree) -> Tree:
-    """Returns the model state with a random pattern for every packed matrix and a random permutation where inputs are permuted.
+    """Returns the model state with a random pattern for every packed matrix, and a random permutation where inputs are permuted for good.
 
     A pattern depends only on the key and the path, so an added matrix changes no other.
     """
@@ -281,7 +286,10 @@ def initial_topologies(key: jax.Array, packed: Mapping[str, PackedMatrix], state
             changes[f"{path}.topology"] = {n: leaf.reshape(*batch, *leaf.shape[1:]) for n, leaf in part.items()}
             start += own.size
     for path, matrix in packed.items():
-        if matrix.permuted:
+        if matrix.learned:
+            own = jnp.arange(matrix.pattern.inputs, dtype=jnp.int32)
+            changes[f"{path}.permutation"] = jnp.broadcast_to(own, (*matrix.batch, *own.shape))
+        elif matrix.permuted:
             # One for the experts of a layer; what it is folded with is no expert.
             keys_L = matrix_keys(jax.random.fold_in(key, 1 << 20), path, dataclasses.replace(matrix, experts=0))
             drawn = jax.vmap(lambda k, n=matrix.pattern.inputs: jax.random.permutation(k, n))(keys_L)

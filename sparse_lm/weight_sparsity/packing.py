@@ -21,7 +21,7 @@ from sparse_lm.layers.tree_paths import flatten
 from sparse_lm.weight_sparsity.packed_matrix import BlockPattern, PackedMatrix, best_mask, lists_of, nested
 
 Tree = dict[str, Any]
-PARTS = ("values", "into", "out")
+PARTS = ("values", "into", "out", "soft")
 
 
 def pack(weight_KN: np.ndarray, pattern: BlockPattern, rank: int = 0) -> tuple[Tree, Tree]:
@@ -56,7 +56,7 @@ def unpack(
     """Returns the dense matrix, or one for each expert, that packed parts stand for.
 
     Args:
-      parts: "values" and, with a companion, "into" and "out".
+      parts: "values", with a companion "into" and "out", and with a learned order of inputs "soft".
       topology: its lists.
       shape: K, N.
       permutation: int [K] order in which inputs meet its rows; None: their own.
@@ -75,7 +75,9 @@ def unpack(
     blocks_RCbb = np.zeros((shape[0] // block, shape[1] // block, block, block), np.float32)
     blocks_RCbb[np.asarray(topology["row_index"]), column_J] = values
     dense = blocks_RCbb.transpose(0, 2, 1, 3).reshape(shape)
-    if permutation is not None:
+    if "soft" in parts:  # x M W; of a hardened order M is the permutation's matrix
+        dense = np.asarray(parts["soft"], np.float32) @ dense
+    elif permutation is not None:
         inverse = np.empty_like(dense)
         inverse[np.asarray(permutation)] = dense
         dense = inverse
@@ -113,6 +115,9 @@ def convert(
         parts = {name: params[f"{path}.{name}"] for name in PARTS if f"{path}.{name}" in params}
         lists = {p.rpartition(".")[2]: a for p, a in state.items() if p.startswith(f"{path}.topology.")}
         matrix = packed.get(path)
+        if matrix is not None and not matrix.learned and np.min(state.get(f"{path}.hard", 0)) == 1:
+            # A hardened order goes on as one that stays, without its matrix.
+            parts.pop("soft"), params.pop(f"{path}.soft"), state.pop(f"{path}.hard")
         if matrix is not None and "values" in parts and _fits(parts, lists, matrix, ranks.get(path, 0)):
             continue
         shape = (matrix.pattern.inputs, matrix.pattern.outputs) if matrix is not None else sides[path]
@@ -123,7 +128,8 @@ def convert(
         else:
             continue
         params = {p: a for p, a in params.items() if p.rpartition(".")[0] != path}
-        state = {p: a for p, a in state.items() if not p.startswith((f"{path}.topology.", f"{path}.permutation"))}
+        gone = (f"{path}.topology.", f"{path}.permutation", f"{path}.hard")
+        state = {p: a for p, a in state.items() if not p.startswith(gone)}
         if matrix is None:
             params[f"{path}.weight"] = dense
             continue
@@ -133,6 +139,11 @@ def convert(
         state |= {f"{path}.topology.{name}": stack([lists[name] for _, lists in each]) for name in each[0][1]}
         if matrix.permuted:
             state[f"{path}.permutation"] = np.arange(matrix.pattern.inputs, dtype=np.int32)
+        if matrix.learned:
+            params[f"{path}.soft"], state[f"{path}.hard"] = (
+                np.eye(matrix.pattern.inputs, dtype=np.float32),
+                np.float32(0),
+            )
     return {**tree, "params": nested(params), "model_state": nested(state)}
 
 
@@ -141,7 +152,7 @@ def _fits(parts: Tree, lists: Tree, matrix: PackedMatrix, rank: int) -> bool:
     batch = (matrix.experts,) if matrix.experts else ()
     same = tuple(np.shape(parts["values"])) == (*batch, pattern.blocks, pattern.block, pattern.block)
     found = np.shape(parts["into"])[-1] if "into" in parts else 0
-    return same and found == rank and len(lists) > 0
+    return same and found == rank and len(lists) > 0 and ("soft" in parts) == matrix.learned
 
 
 def patterns_of(tree: Tree) -> Tree:
@@ -150,6 +161,7 @@ def patterns_of(tree: Tree) -> Tree:
     owners = {path.rpartition(".")[0] for path in flatten(tree["params"]) if path.endswith(".values")}
 
     def owner(path: str) -> str:
-        return path.removesuffix(".permutation") if path.endswith(".permutation") else path.rpartition(".topology.")[0]
+        head, _, last = path.rpartition(".")
+        return head if last in ("permutation", "hard") else path.rpartition(".topology.")[0]
 
     return nested({path: leaf for path, leaf in state.items() if owner(path) in owners})

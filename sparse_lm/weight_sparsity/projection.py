@@ -26,7 +26,10 @@ from sparse_lm.layers.projection import product as dense_product
 from sparse_lm.parallel.mesh import current
 from sparse_lm.weight_sparsity.block_sparse import grouped_product, product
 from sparse_lm.weight_sparsity.gradient_probe import Probe, observed
+from sparse_lm.weight_sparsity.learned_permutation import mixed
 from sparse_lm.weight_sparsity.packed_matrix import BlockPattern, TopologyState
+
+PermutationKind = Literal["none", "random", "learned"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +46,9 @@ class BlockSparseProjection(Projection):
     """Equally many blocks in every block column, or in the whole matrix only."""
     row_shards: int = 1
     """Ranges of rows that hold equally many blocks of each column: a multiple of mesh.tensor where that splits the rows."""
-    permutation: Literal["none", "random"] = "none"
-    """Order in which the inputs meet the rows of the matrix: their own, or a random one that stays (Lyu et al. 2025, arXiv 2510.14812, learn it)."""
+    permutation: PermutationKind = "none"
+    """Order in which the inputs meet the rows of the matrix: their own, a random one that stays, or one learned beside the blocks
+    (see `learned_permutation`; needs weight_sparsity = packed)."""
 
     def check(self) -> None:
         """See Config.check."""
@@ -75,13 +79,26 @@ class BlockSparseProjection(Projection):
 
     def build(self, inputs: int, outputs: int, dims: tuple[str, str], *, experts: int = 0) -> "BlockSparseMatrix":
         """See Projection.build."""
-        permuted = self.permutation == "random"
-        return BlockSparseMatrix(self.pattern(inputs, outputs), dims, experts, permuted=permuted, rank=0)
+        return self._matrix(inputs, outputs, dims, experts, 0)
+
+    def _matrix(self, inputs: int, outputs: int, dims: tuple[str, str], experts: int, rank: int) -> "BlockSparseMatrix":
+        if self.learns_order and experts:
+            raise ConfigError("projection.permutation", "learned", "none or random for the matrices of experts")
+        return BlockSparseMatrix(self.pattern(inputs, outputs), dims, experts, order=self.permutation, rank=rank)
 
     def cost(self, inputs: int, outputs: int) -> tuple[int, int]:
         """See Projection.cost."""
         parameters = self.pattern(inputs, outputs).parameters
-        return parameters, 2 * parameters
+        return parameters + self._soft(inputs), 2 * parameters
+
+    @property
+    def learns_order(self) -> bool:
+        """See Projection.learns_order."""
+        return self.permutation == "learned"
+
+    def _soft(self, inputs: int) -> int:
+        """Returns the weights of the soft permutation; its product, done until it is hardened, is not counted as operations."""
+        return inputs * inputs if self.learns_order else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,19 +115,20 @@ class BlockSparseLowRankProjection(BlockSparseProjection):
 
     def build(self, inputs: int, outputs: int, dims: tuple[str, str], *, experts: int = 0) -> "BlockSparseMatrix":
         """See Projection.build."""
-        permuted = self.permutation == "random"
-        return BlockSparseMatrix(self.pattern(inputs, outputs), dims, experts, permuted=permuted, rank=self.rank)
+        return self._matrix(inputs, outputs, dims, experts, self.rank)
 
     def cost(self, inputs: int, outputs: int) -> tuple[int, int]:
         """See Projection.cost."""
         parameters = self.pattern(inputs, outputs).parameters + self.rank * (inputs + outputs)
-        return parameters, 2 * parameters
+        return parameters + self._soft(inputs), 2 * parameters
 
 
 class BlockSparseMatrix(nnx.Module):
     """A packed matrix, or one for each expert; computes in the input's dtype."""
 
-    def __init__(self, pattern: BlockPattern, dims: tuple[str, str], experts: int, *, permuted: bool, rank: int):
+    def __init__(
+        self, pattern: BlockPattern, dims: tuple[str, str], experts: int, *, order: PermutationKind, rank: int
+    ):
         self.pattern, self.dims, self.experts = pattern, dims, experts
         batch, batch_dims = ((experts,), ("experts",)) if experts else ((), ())
         sides = (*batch, pattern.inputs, pattern.outputs)
@@ -120,8 +138,10 @@ class BlockSparseMatrix(nnx.Module):
             stands_for=StandsFor((*batch_dims, *dims), sides, pattern.density),
         )
         self.topology = TopologyState(pattern, experts)
-        order = ModelState(jnp.zeros((pattern.inputs,), jnp.int32), dims=("list",), initial=0)
-        self.permutation = order if permuted else None
+        learned, list_K = order == "learned", jnp.zeros((pattern.inputs,), jnp.int32)
+        self.permutation = None if order == "none" else ModelState(list_K, dims=("list",), initial=0)
+        self.soft = declare((pattern.inputs, pattern.inputs), ("permuted", "permuted"), "zeros") if learned else None
+        self.hard = ModelState(jnp.zeros((), jnp.float32), dims=(), initial=0) if learned else None
         self.probe, self.slab = (Probe(jnp.zeros((), jnp.float32), dims=()) for _ in range(2))
         dense = StandsFor((*batch_dims, *dims), sides, 1.0)
         into, out = (*batch, pattern.inputs, rank), (*batch, rank, pattern.outputs)
@@ -132,9 +152,11 @@ class BlockSparseMatrix(nnx.Module):
         return None if self.permutation is None else self.permutation[...]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        order_K, values = self._order(), self.values[...].astype(x.dtype)
-        y = product(x, values, self.topology(), self.pattern, self.dims, order_K)
-        y = self._observed(x, y, order_K, None)
+        order_K, values, met = self._order(), self.values[...].astype(x.dtype), x
+        if self.soft is not None and self.hard is not None and order_K is not None:
+            met, order_K = mixed(x, self.soft[...], order_K, self.hard[...]), None
+        y = product(met, values, self.topology(), self.pattern, self.dims, order_K)
+        y = self._observed(met, y, order_K, None)
         if self.into is not None and self.out is not None:
             y = y + dense_product(dense_product(x, self.into[...].astype(x.dtype)), self.out[...].astype(x.dtype))
         return y

@@ -87,7 +87,8 @@ def sparsity_row(found: Mapping[str, Mapping[str, Any]], members: bool = False) 
       {"sparsity/density": fraction of all sparse weights that exist, "sparsity/mean_density": its mean over all steps until now,
       "sparsity/requested", "sparsity/churn": fraction of the weights that the last change brought, and for every kind of matrix
       "sparsity/attention.query/density", ".../churn", ".../regrown" (of the grown weights, those that had existed before),
-      ".../never" (fraction never active), ".../dead_outputs", ".../dead_inputs" (fractions), one number a layer, and
+      ".../never" (fraction never active), ".../dead_outputs", ".../dead_inputs" (fractions), of learned orders of inputs ".../soft_order"
+      (how far from a permutation, see `learned_permutation.penalty`) and ".../hardened", one number a layer, and
       ".../fan_in" (fraction of the outputs in each bin, over all layers)}; every value a list by member in a population.
     """
     if not found:
@@ -128,6 +129,8 @@ def sparsity_row(found: Mapping[str, Mapping[str, Any]], members: bool = False) 
             "never": ("never", "weights"),
             "dead_outputs": ("dead_outputs", "outputs"),
             "dead_inputs": ("dead_inputs", "inputs"),
+            "soft_order": ("soft", "orders"),
+            "hardened": ("hard", "orders"),
         }.items():
             if part in each_layer[0]:
                 row[f"sparsity/{kind}/{name}"] = [float(n[part] / max(n[whole], 1.0)) for n in each_layer]

@@ -4,9 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-import runpy
 import shutil
-import sys
 from typing import Any
 
 import jax
@@ -14,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from scripted import pretrain
 
-import experiments
 from sparse_lm.components import lookup
 from sparse_lm.evaluate.load import open_run
 from sparse_lm.layers.tree_paths import flatten
@@ -33,7 +31,6 @@ from sparse_lm.weight_sparsity.growth import RigL
 from sparse_lm.weight_sparsity.masked import Masked
 from sparse_lm.weight_sparsity.schedules import CubicSparsity, OneShot, Periodic
 
-ROOT = pathlib.Path(__file__).parents[2]
 DENSITY = 0.25
 SCHEDULES: dict[str, str] = {
     "magnitude": "cubic",
@@ -64,19 +61,6 @@ def masked(name: str, every: int) -> Masked:
         structure=lookup("sparse_structure", STRUCTURES.get(name, "unstructured"))(),
         schedule=lookup("sparse_schedule", schedule)(**fields),
     )
-
-
-def pretrain(recipe: Recipe, run_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs scripts/pretrain.py on a recipe."""
-
-    def tiny_recipe() -> Recipe:
-        return recipe
-
-    monkeypatch.setattr(experiments, "_all", lambda: {"tiny": tiny_recipe})
-    monkeypatch.setattr(sys, "argv", ["pretrain", "tiny", "--run-dir", str(run_dir)])
-    with pytest.raises(SystemExit) as exited:
-        runpy.run_path(str(ROOT / "scripts" / "pretrain.py"), run_name="__main__")
-    assert not exited.value.code
 
 
 def densities(run_dir: pathlib.Path) -> dict[str, float]:
