@@ -33,7 +33,9 @@ from sparse_lm.train.schedule import Cosine, Linear, WarmupStableDecay
 from sparse_lm.train.session import open_session
 from sparse_lm.weight_sparsity.algorithms import Lottery
 from sparse_lm.weight_sparsity.growth import RigL
+from sparse_lm.weight_sparsity.learned_permutation import Shuffle
 from sparse_lm.weight_sparsity.masked import Masked
+from sparse_lm.weight_sparsity.packed import Packed
 from sparse_lm.weight_sparsity.schedules import Periodic
 from sparse_lm.weight_sparsity.structures import Block
 
@@ -89,6 +91,8 @@ BAD: list[tuple[dict[str, Any], str, Any, str]] = [
         "OnDevice in a population",
     ),
     # weight sparsity
+    ({"weight_sparsity": Packed(shuffle=Shuffle(end=0.0))}, "weight_sparsity.shuffle.end", 0.0, "above 0, at most 1"),
+    ({"weight_sparsity": Packed(shuffle=Shuffle(every=0))}, "weight_sparsity.shuffle.every", 0, "at least 1"),
     (
         {"weight_sparsity": Masked(algorithm=RigL(), schedule=Periodic()), "optimizer": Muon()},
         "weight_sparsity.algorithm",
