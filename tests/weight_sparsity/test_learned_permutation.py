@@ -129,6 +129,7 @@ def begun() -> tuple:
     return sparsifier, dataclasses.replace(state, params=params, model_state=model_state, sparsity=sparsity)
 
 
+@pytest.mark.slow
 def test_orders_are_hardened_by_their_threshold_and_all_in_the_end() -> None:
     """Of 40 steps the 5th, 10th, ... look at the threshold, and the one numbered 20 hardens what is left."""
     sparsifier, state = begun()
