@@ -28,10 +28,16 @@ class Run:
 
     def __init__(self, directory: pathlib.Path):
         self.directory = directory
-        self.config, self.environment, self.accounting, self.data, self.evaluation, *others = map(
-            self._read, self.FILES
-        )
-        self.samples, self.sparsity, self.memory = others
+        (
+            self.config,
+            self.environment,
+            self.accounting,
+            self.data,
+            self.evaluation,
+            self.samples,
+            self.sparsity,
+            self.memory,
+        ) = map(self._read, self.FILES)
         metrics = directory / "metrics.jsonl"
         rows = read_rows(metrics) if metrics.exists() else []
         self.train, self.validation, self.events = (

@@ -19,8 +19,7 @@ from etils import epath
 ALIGNMENT = 64
 """Bytes: a CPU device takes a buffer that begins at a multiple of this as it is."""
 LEAST_IN_FLIGHT = 1 << 24
-
-Index = tuple[slice, ...]
+"""Bytes that may be under way however small the state is."""
 
 
 class Leaf(NamedTuple):

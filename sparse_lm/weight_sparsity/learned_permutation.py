@@ -4,7 +4,7 @@ A block structure reaches fewer masks than one of single weights; a permutation 
 of them back. While it is soft, the inputs pass a doubly stochastic matrix, x M, trained by gradient. A penalty drives every row and
 column of M to a single one (Lyu et al. 2020, AutoShuffleNet, arXiv 1901.08624): the sum over rows and columns of ||m||_1 - ||m||_2,
 which is zero for permutations alone. A matrix whose penalty falls below a threshold, or that is still soft at a set share of the
-run, is hardened: the best assignment becomes a list of inputs, x[..., p], and costs a gather from then on.
+run, is hardened: a greedy assignment becomes a list of inputs, x[..., p], and costs a gather from then on.
 
 State: `soft` [K, K] is a parameter, since it is differentiated; `hard` (0 or 1) and `permutation` int32 [K] are model state. A hardened
 `soft` is the permutation's matrix and stays it.

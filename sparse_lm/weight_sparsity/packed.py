@@ -359,7 +359,7 @@ class PackedSparsifier(Sparsifier):
             found[path] = counts | full
             if path in self.learned:
                 shuffle = at(sparsity["shuffle"], path)
-                found[path] |= {"soft": shuffle["penalty"], "hard": shuffle["hard"], "orders": full["inputs"] * 0 + 1.0}
+                found[path] |= {"soft": shuffle["penalty"], "hard": shuffle["hard"], "orders": jnp.ones(matrix.batch)}
         return found
 
     def pictures(self, sparsity: Tree) -> Tree:
