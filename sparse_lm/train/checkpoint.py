@@ -250,6 +250,8 @@ class Checkpointer:
         try:
             state = _read(self._directory, step, leaves)
             data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+        except jax.errors.JaxRuntimeError:
+            raise  # a device failed, for want of memory perhaps: the files are sound
         except Exception as error:
             message = f"checkpoint {step} in {self._directory} cannot be read: {error}"
             raise DamagedCheckpoint(message) from error
@@ -399,6 +401,8 @@ def read_checkpoint(
 
     try:
         state = _read(directory, step, map_leaves(leaf, found))
+    except jax.errors.JaxRuntimeError:
+        raise
     except Exception as error:
         raise DamagedCheckpoint(f"checkpoint {step} in {directory} cannot be read: {error}") from error
     return Source(step, state, restored["data"], restored["recipe"])

@@ -13,10 +13,12 @@ from etils import epath
 
 from sparse_lm.parallel.mesh import MeshShape
 from sparse_lm.parallel.rules import replicated
+from sparse_lm.train import checkpoint
 from sparse_lm.train.checkpoint import (
     Checkpointer,
     CheckpointError,
     Checkpoints,
+    DamagedCheckpoint,
     checkpoint_directory,
     mismatches,
     read_checkpoint,
@@ -302,7 +304,29 @@ def test_no_sound_step_is_none_with_a_note_for_each(tmp_path: pathlib.Path) -> N
     assert newest_sound_step(epath.Path(tmp_path / "nowhere")) == (None, [])
 
 
-def test_restoring_holds_one_stacked_leaf_twice_and_no_more(tmp_path: pathlib.Path) -> None:
+def test_a_file_that_cannot_be_read_is_damage_and_a_device_that_fails_is_none(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged checkpoint is set aside by a run; a sound one must not be, because there was no memory for it."""
+    saved_steps(tmp_path, 1)
+    for error, seen in (
+        (ValueError("cut"), DamagedCheckpoint),
+        (jax.errors.JaxRuntimeError("full"), jax.errors.JaxRuntimeError),
+    ):
+
+        def fails(*_, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(checkpoint, "read_leaves", fails)
+        checkpointer = open_(tmp_path)
+        with pytest.raises(seen, match=str(error)):
+            checkpointer.restore(1, shardings())
+        checkpointer.close()
+        with pytest.raises(seen, match=str(error)):
+            read_checkpoint(tmp_path, 1)
+
+
+def test_restoring_leaves_no_array_but_those_of_the_state(tmp_path: pathlib.Path) -> None:
     saved_steps(tmp_path, 1)
     checkpointer = open_(tmp_path)
     live_before = {id(a) for a in jax.live_arrays()}
@@ -310,7 +334,7 @@ def test_restoring_holds_one_stacked_leaf_twice_and_no_more(tmp_path: pathlib.Pa
     checkpointer.close()
     mine = sum(leaf.nbytes for leaf in jax.tree.leaves(restored))
     alive = sum(a.nbytes for a in jax.live_arrays() if id(a) not in live_before)
-    assert alive == mine  # the unrolled blocks are gone
+    assert alive == mine
 
 
 def test_a_checkpoint_directory_may_be_remote() -> None:
