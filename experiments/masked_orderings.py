@@ -25,9 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.comparison import Arm
 from experiments.masked_report import write
+from experiments.paired import interval
 from experiments.population import population_small
-from experiments.routing_report import interval
 from experiments.smoke import shrink
 from sparse_lm.data.packaged import Packaged
 from sparse_lm.data.pipeline import DataConfig, prepare, train_stream
@@ -35,10 +36,8 @@ from sparse_lm.data.tokenizer import BPE
 from sparse_lm.layers.feed_forward import DenseFeedForward
 from sparse_lm.model.definition import define
 from sparse_lm.model.transformer import Model
-from sparse_lm.train.population import MEMBERS, Population
-from sparse_lm.train.state import fresh_state, member_keys
-from sparse_lm.train.step import PULSE, Train, build_step
-from sparse_lm.train.validation import MODEL_ARRAYS, build_eval_step, document_losses
+from sparse_lm.train.step import Train
+from sparse_lm.train.validation import MODEL_ARRAYS
 from sparse_lm.weight_sparsity.algorithms import Magnitude
 from sparse_lm.weight_sparsity.behind import STE
 from sparse_lm.weight_sparsity.door import NoSparsity, WeightSparsity
@@ -96,87 +95,19 @@ def arms(setup: Setup) -> dict[str, tuple[Model, WeightSparsity]]:
     }
 
 
-class Arm:
-    """One algorithm's population: compiled steps for any seeds and learning rates, and a compiled evaluation."""
+def made(name: str, setup: Setup, length: int) -> Arm:
+    """Returns an arm, not yet compiled."""
+    model, sparsity = arms(setup)[name]
+    train, shape = Train(steps=setup.steps), (setup.batch, length)
+    optimizer = population_small().optimizer
+    return Arm(define(model), optimizer, train, members=len(SEEDS), shape=shape, sparsity=sparsity)
 
-    def __init__(self, name: str, model: Model, sparsity: WeightSparsity, setup: Setup, length: int):
-        self.name, self.setup, self.length = name, setup, length
-        self.definition = define(model)
-        self.optimizer, self.train = population_small().optimizer, Train(steps=setup.steps)
-        self.sparsifier = sparsity.build(self.definition, self.optimizer, setup.steps, 1)
-        transformation = self.optimizer.build(self.definition.dims)
 
-        def around(params: Any, key: jax.Array) -> Any:
-            return fresh_state(self.definition, transformation, params, key, with_ema=False, sparsifier=self.sparsifier)
-
-        self._around = jax.jit(jax.vmap(around), donate_argnums=0)
-        self.effective = jax.jit(jax.vmap(lambda p, s: self.sparsifier.forward_params(p, s, setup.steps)))
-        self.numbers = jax.jit(jax.vmap(self.sparsifier.numbers))
-        self.evaluate = build_eval_step(self.definition, Population(seeds=SEEDS))
-
-    def create(self, seeds: jax.Array) -> Any:
-        """Returns the state of step 0 of all members."""
-        init_keys, run_keys = jax.vmap(member_keys)(seeds)
-        return self._around(self.definition.initial_params(init_keys), run_keys)
-
-    def compile(self) -> float:
-        """Compiles creation, the step with and without a change of masks, and evaluation; returns the seconds."""
-        start = time.perf_counter()
-        first = self.create(jnp.arange(len(SEEDS), dtype=jnp.uint32))
-        rates = jax.ShapeDtypeStruct((len(SEEDS),), jnp.float32)
-        shape = (self.setup.batch, self.length)
-        batch = dict.fromkeys(MODEL_ARRAYS, jax.ShapeDtypeStruct(shape, jnp.int32))
-        changing = any(self.sparsifier.apart(step) for step in range(self.setup.steps))
-        self.step = {}
-        for changes in (False, True) if changing else (False,):
-            step = build_step(self.definition, self.optimizer, self.train, self.sparsifier, MEMBERS, changes)
-
-            def bare(state: Any, batch: Any, rate: jax.Array, step: Any = step) -> tuple[Any, jax.Array]:
-                state, found = step(state, batch, rate)
-                return state, found["pulse"]  # hundreds of numbers about masks a step would be the host's work
-
-            over = jax.vmap(bare, in_axes=(0, None, 0), axis_name=MEMBERS)
-            self.step[changes] = jax.jit(over, donate_argnums=0).lower(first, batch, rates).compile()
-        empty = dict.fromkeys(MODEL_ARRAYS, np.zeros(shape, np.int32))
-        params = self.effective(first.params, first.sparsity)
-        jax.block_until_ready(self.evaluate(params, first.model_state, empty))
-        return time.perf_counter() - start
-
-    def run(self, seeds: list[int], rates: list[float], batches: list[Any]) -> dict[str, Any]:
-        """Trains all members; returns their state, losses [steps, members], density and seconds."""
-        state, factors = self.create(jnp.asarray(seeds, jnp.uint32)), jnp.asarray(rates, jnp.float32)
-        pulses = []
-        jax.block_until_ready(state)
-        start = time.perf_counter()
-        for number, batch in enumerate(batches):
-            state, pulse = self.step[self.sparsifier.apart(number)](state, batch, factors)
-            pulses.append(pulse)
-        jax.block_until_ready(state)
-        seconds = time.perf_counter() - start
-        losses = np.stack([np.asarray(pulse)[:, PULSE.index("loss")] for pulse in pulses])
-        return {
-            "state": state,
-            "losses": losses,
-            "density": density(self.numbers(state.sparsity) if state.sparsity else {}),
-            "seconds": seconds,
-        }
-
-    def held_out(self, state: Any, dataset: Any, data: DataConfig) -> np.ndarray:
-        """Returns the validation loss of each member over all domains, nats a token."""
-        params, nats, tokens = self.effective(state.params, state.sparsity), 0.0, 0
-        for domain in dataset.domains:
-            found = document_losses(
-                self.evaluate, params, state.model_state, dataset, data, domain, batch_size=self.setup.batch,
-                max_tokens=self.setup.validation_tokens,
-            )  # fmt: skip
-            nats, tokens = nats + found.nats.sum(-1), tokens + int(found.tokens.sum())
-        return np.asarray(nats) / max(tokens, 1)
-
-    def parameters(self) -> tuple[int, int]:
-        """Returns (all parameters, those that are not zero in the end)."""
-        rows = self.sparsifier.description().get("matrices", [])
-        missing = sum(row["matrices"] * math.prod(row["shape"]) - row["kept"] for row in rows)
-        return self.definition.parameters(), self.definition.parameters() - missing
+def parameters(arm: Arm) -> tuple[int, int]:
+    """Returns (all parameters, those that are not zero in the end)."""
+    rows = arm.sparsifier.description().get("matrices", [])
+    missing = sum(row["matrices"] * math.prod(row["shape"]) - row["kept"] for row in rows)
+    return arm.definition.parameters(), arm.definition.parameters() - missing
 
 
 def density(sparsity: Any) -> float:
@@ -186,40 +117,26 @@ def density(sparsity: Any) -> float:
     return active / weights if weights else 1.0
 
 
-def tune(arm: Arm, batches: list[Any]) -> dict[str, Any]:
-    """Chooses the learning rate by the mean training loss of the last tenth, over the tuning seeds."""
-    pairs = list(itertools.product(MULTIPLIERS, TUNING_SEEDS))
-    found = arm.run([seed for _, seed in pairs], [factor for factor, _ in pairs], batches)
-    last = found["losses"][-max(1, len(batches) // 10) :].mean(0).reshape(len(MULTIPLIERS), -1).mean(1)
-    best = int(np.argmin(np.where(np.isfinite(last), last, np.inf)))
-    rate = arm.optimizer.learning_rate
-    return {
-        "factor": MULTIPLIERS[best],
-        "rate": MULTIPLIERS[best] * rate,
-        "edge": best in (0, len(MULTIPLIERS) - 1),
-        "losses": {f"{factor * rate:.1e}": float(loss) for factor, loss in zip(MULTIPLIERS, last)},
-    }
-
-
-def result(arm: Arm, batches: list[Any], dataset: Any, data: DataConfig) -> dict[str, Any]:
+def result(arm: Arm, batches: list[Any], dataset: Any, data: DataConfig, validation_tokens: int) -> dict[str, Any]:
     """Tunes and trains one arm; returns its row."""
     start = time.perf_counter()
-    tuned = tune(arm, batches)
-    final = arm.run(list(SEEDS), [tuned["factor"]] * len(SEEDS), batches)
-    losses = arm.held_out(final["state"], dataset, data)
-    everything, present = arm.parameters()
-    tokens = len(SEEDS) * len(batches) * arm.setup.batch * arm.length
+    tuned = arm.tune(MULTIPLIERS, TUNING_SEEDS, batches)
+    final = arm.run(SEEDS, [tuned["factor"]] * len(SEEDS), batches)
+    losses = arm.held_out(final.state, dataset, data, validation_tokens)
+    everything, present = parameters(arm)
+    sparsity = final.state.sparsity
+    tokens = len(SEEDS) * len(batches) * math.prod(arm.shape)
     return {
         "learning_rate": tuned["rate"],
         "learning_rate_at_edge": tuned["edge"],
         "tuning": tuned["losses"],
         "losses": losses.tolist(),
         "loss": interval(losses),
-        "curve": final["losses"].mean(-1).tolist(),
-        "density": final["density"],
+        "curve": final.losses_SP.mean(-1).tolist(),
+        "density": density(jax.jit(jax.vmap(arm.sparsifier.numbers))(sparsity) if sparsity else {}),
         "parameters": everything,
         "nonzeros": present,
-        "tokens_per_s": tokens / final["seconds"],
+        "tokens_per_s": tokens / final.seconds,
         "wall_s": time.perf_counter() - start,
     }
 
@@ -271,18 +188,18 @@ def main() -> int:
             report["results"] = past["results"]
     results: dict[str, Any] = report["results"]
     wanted = [name for name in arms(setup) if name not in results and name in (options.arms or arms(setup))]
-    made = {name: Arm(name, *arms(setup)[name], setup, data.sequence_length) for name in wanted}
+    chosen = {name: made(name, setup, data.sequence_length) for name in wanted}
     with concurrent.futures.ThreadPoolExecutor(max_workers=2 if options.smoke else 8) as pool:
-        compiling = {name: pool.submit(arm.compile) for name, arm in made.items()}
+        compiling = {name: pool.submit(arm.compile) for name, arm in chosen.items()}
         for name, future in compiling.items():
             say(f"{name}: compiled in {future.result():.1f} s")
     slowest = 0.0
-    for name, arm in made.items():
+    for name, arm in chosen.items():
         left = options.seconds - (time.perf_counter() - began)
         if left < 1.1 * slowest:
             say(f"{name}: left for another call, {left:.0f} s are left")
             continue
-        results[name] = result(arm, batches, dataset, data)
+        results[name] = result(arm, batches, dataset, data, setup.validation_tokens)
         slowest = max(slowest, results[name]["wall_s"])
         mean, half = results[name]["loss"]
         say(f"{name}: {mean:.4f} +- {half:.4f} at {results[name]['learning_rate']:.1e}, {slowest:.1f} s")

@@ -1,13 +1,11 @@
 """Table and figure of a comparison of masked algorithms: means with intervals over seeds, orderings with p-values."""
 
-import math
 import pathlib
 from typing import Any
 
 import numpy as np
-from jax.scipy.special import betainc
 
-from experiments.routing_report import interval
+from experiments.paired import paired
 
 ORDERINGS = (
     ("dense", "ste"),
@@ -30,22 +28,6 @@ OTHERS = (
     ("static", "small_dense"),
 )
 """Pairs that the paper does not order, or does not have."""
-
-
-def paired(first: list[float], second: list[float]) -> dict[str, Any]:
-    """Compares two arms by seed.
-
-    Returns:
-      {"difference": (mean of second - first, half width of its 95% interval), "p": of the two-sided paired t test, "lower": seeds in
-      which the first is lower}.
-    """
-    difference = np.asarray(second) - np.asarray(first)
-    mean, half = interval(difference)
-    free = len(difference) - 1
-    t = mean / (difference.std(ddof=1) / math.sqrt(len(difference)))
-    # P(|T| > t) for Student's t is the regularised incomplete beta function at free / (free + t^2).
-    p = float(betainc(free / 2, 0.5, free / (free + t * t)))
-    return {"difference": (mean, half), "p": p, "lower": int((difference > 0).sum())}
 
 
 def verdict(found: dict[str, Any]) -> str:

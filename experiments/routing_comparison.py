@@ -27,14 +27,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.routing_report import compare, interval, write
+from experiments.comparison import Arm, Trained
+from experiments.paired import interval
+from experiments.routing_report import compare, write
 from sparse_lm.accounting import account, measured_in
 from sparse_lm.data.packaged import Packaged
 from sparse_lm.data.pipeline import DataConfig, prepare, train_stream
 from sparse_lm.data.tokenizer import BPE
 from sparse_lm.layers.feed_forward import DenseFeedForward, FeedForward
 from sparse_lm.model.attention import Attention
-from sparse_lm.model.definition import Definition, define
+from sparse_lm.model.definition import define
 from sparse_lm.model.transformer import Model
 from sparse_lm.routing.diagnostics import by_layer, router_row
 from sparse_lm.routing.experts import MoEFeedForward
@@ -44,11 +46,9 @@ from sparse_lm.routing.token_choice import BiasBalancedRouter, RandomRouter, Sin
 from sparse_lm.routing.top_k import TopKRouter
 from sparse_lm.routing.variable import ExpertChoiceRouter, ExpertThresholdRouter, ReMoERouter
 from sparse_lm.train.optimizer import AdamW
-from sparse_lm.train.population import Population
 from sparse_lm.train.schedule import WarmupStableDecay
-from sparse_lm.train.state import fresh_state, member_keys
-from sparse_lm.train.step import PULSE, Train, build_step
-from sparse_lm.train.validation import MODEL_ARRAYS, build_eval_step, document_losses
+from sparse_lm.train.step import Train
+from sparse_lm.train.validation import MODEL_ARRAYS
 
 TUNING_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4, 5)
 
@@ -104,113 +104,63 @@ def is_causal(feed_forward: FeedForward) -> bool:
     return feed_forward.router.causal if isinstance(feed_forward, MoEFeedForward) else True
 
 
-class Arm:
-    """One router's population: a compiled step for any seeds and learning rates, and a compiled evaluation."""
-
-    def __init__(self, name: str, feed_forward: FeedForward, setup: Setup, train: Train):
-        self.name, self.feed_forward, self.setup = name, feed_forward, setup
-        self.model = Model(
-            vocab_size=setup.vocabulary,
-            d_model=setup.d_model,
-            layers=setup.layers,
-            # The plain path serves any number of documents: one program for all batches.
-            attention=Attention(
-                heads=setup.heads, head_dim=setup.d_model // setup.heads, backend="plain", max_documents=setup.length
-            ),
-            pattern=(feed_forward,),
-            tied_embeddings=True,
-            execution="scanned",
-            compute_dtype=setup.dtype,  # type: ignore[arg-type]
-        )
-        self.definition: Definition = define(self.model)
-        self.optimizer = AdamW(
-            learning_rate=setup.learning_rate, schedule=WarmupStableDecay(warmup_steps=20, decay_fraction=0.4)
-        )
-        self.members = len(SEEDS)
-        self.train = train
-        transformation = self.optimizer.build(self.definition.dims)
-
-        def around(params: Any, key: jax.Array) -> Any:
-            return fresh_state(self.definition, transformation, params, key, with_ema=False)
-
-        self._around = jax.jit(jax.vmap(around), donate_argnums=0)
-        self.evaluate = build_eval_step(self.definition, Population(seeds=SEEDS))
-
-    def create(self, seeds: jax.Array) -> Any:
-        """Returns the state of step 0 of all members."""
-        init_keys, run_keys = jax.vmap(member_keys)(seeds)
-        return self._around(self.definition.initial_params(init_keys), run_keys)
-
-    def compile(self) -> float:
-        """Compiles creation, step and evaluation; returns the seconds."""
-        start = time.perf_counter()
-        step = jax.vmap(build_step(self.definition, self.optimizer, self.train), in_axes=(0, None, 0))
-        rates = jax.ShapeDtypeStruct((self.members,), jnp.float32)
-        shape = jax.ShapeDtypeStruct((self.setup.batch, self.setup.length), jnp.int32)
-        first = self.create(jnp.arange(self.members, dtype=jnp.uint32))
-        batch = dict.fromkeys(MODEL_ARRAYS, shape)
-        self.step = jax.jit(step, donate_argnums=0).lower(first, batch, rates).compile()
-        empty = dict.fromkeys(MODEL_ARRAYS, np.zeros((self.setup.batch, self.setup.length), np.int32))
-        jax.block_until_ready(self.evaluate(first.params, first.model_state, empty))
-        return time.perf_counter() - start
-
-    def run(self, seeds: list[int], rates: list[float], batches: list[Any], every: int = 10) -> dict[str, Any]:
-        """Trains all members; returns their state, losses and router rows by step, and the seconds."""
-        state, factors = self.create(jnp.asarray(seeds, jnp.uint32)), jnp.asarray(rates, jnp.float32)
-        pulses, metrics = [], []
-        jax.block_until_ready(state)
-        start = time.perf_counter()
-        for number, batch in enumerate(batches):
-            state, found = self.step(state, batch, factors)
-            pulses.append(found["pulse"])
-            if number % every == 0 or number == len(batches) - 1:
-                metrics.append(found["blocks"])
-        jax.block_until_ready(state)
-        seconds = time.perf_counter() - start
-        losses = np.stack([np.asarray(pulse)[:, PULSE.index("loss")] for pulse in pulses])
-        rows = [router_row(jax.device_get(blocks), population=True) for blocks in metrics]
-        return {"state": state, "losses": losses, "rows": rows, "seconds": seconds}
+def made(feed_forward: FeedForward, setup: Setup, train: Train) -> Arm:
+    """Returns an arm, not yet compiled, that watches what its routers report."""
+    model = Model(
+        vocab_size=setup.vocabulary,
+        d_model=setup.d_model,
+        layers=setup.layers,
+        # The plain path serves any number of documents: one program for all batches.
+        attention=Attention(
+            heads=setup.heads, head_dim=setup.d_model // setup.heads, backend="plain", max_documents=setup.length
+        ),
+        pattern=(feed_forward,),
+        tied_embeddings=True,
+        execution="scanned",
+        compute_dtype=setup.dtype,  # type: ignore[arg-type]
+    )
+    schedule = WarmupStableDecay(warmup_steps=20, decay_fraction=0.4)
+    return Arm(
+        define(model),
+        AdamW(learning_rate=setup.learning_rate, schedule=schedule),
+        train,
+        members=len(SEEDS),
+        shape=(setup.batch, setup.length),
+        watch=lambda found: found["blocks"],
+    )
 
 
-def held_out(arm: Arm, state: Any, dataset: Any, data: DataConfig, setup: Setup) -> np.ndarray:
-    """Returns the validation loss of each member over all domains, nats a token."""
-    nats, tokens = 0.0, 0
-    for domain in dataset.domains:
-        found = document_losses(
-            arm.evaluate, state.params, state.model_state, dataset, data, domain, batch_size=setup.batch,
-            max_tokens=setup.validation_tokens,
-        )  # fmt: skip
-        nats, tokens = nats + found.nats.sum(-1), tokens + int(found.tokens.sum())
-    return np.asarray(nats) / max(tokens, 1)
-
-
-def summary(arm: Arm, tuning: dict[str, Any], final: dict[str, Any], setup: Setup) -> dict[str, Any]:
+def summary(
+    arm: Arm, tuned: dict[str, Any], final: Trained, validation: np.ndarray, compile_s: float
+) -> dict[str, Any]:
     """Returns what the table says of one arm."""
-    late = final["rows"][-max(1, len(final["rows"]) // 5) :]
+    rows = [router_row(jax.device_get(blocks), population=True) for blocks in final.watched]
+    late = rows[-max(1, len(rows) // 5) :]
 
     def mean(name: str) -> float | None:
         values = [by_layer(row, name) for row in late]
         found = [value.mean() for row in values for value in row.values()]
         return float(np.mean(found)) if found else None
 
-    nominal = account(arm.model, setup.length)
-    flops = [account(arm.model, setup.length, measured=measured_in(row)).train_flops for row in final["rows"]]
+    model, (batch, length) = arm.definition.config, arm.shape
+    nominal = account(model, length)
+    flops = [account(model, length, measured=measured_in(row)).train_flops for row in rows]
     return {
-        "causal": is_causal(arm.feed_forward),
-        "learning_rate": tuning["rate"],
-        "learning_rate_at_edge": tuning["edge"],
-        "tuning": tuning["losses"],
-        "losses": final["validation"].tolist(),
-        "loss": interval(final["validation"]),
-        "curve": final["losses"].mean(-1).tolist(),
+        "causal": is_causal(model.feed_forward_of(0)),
+        "learning_rate": tuned["rate"],
+        "learning_rate_at_edge": tuned["edge"],
+        "tuning": tuned["losses"],
+        "losses": validation.tolist(),
+        "loss": interval(validation),
+        "curve": final.losses_SP.mean(-1).tolist(),
         "max_violation": mean("max_violation"),
         "dropped": mean("dropped"),
         "experts_per_token": mean("experts_per_token"),
         "flops_per_token": float(np.mean(flops)),
         "nominal_flops_per_token": nominal.train_flops,
         "parameters": nominal.parameters,
-        "tokens_per_s": arm.members * setup.batch * setup.length * len(final["losses"]) / final["seconds"],
-        "compile_s": final["compile_s"],
+        "tokens_per_s": arm.members * batch * length * len(final.losses_SP) / final.seconds,
+        "compile_s": compile_s,
     }
 
 
@@ -229,24 +179,6 @@ def joined(folders: list[pathlib.Path]) -> dict[str, Any]:
     results = {name: found[name] for name in arms(Setup(**parts[0]["setup"])) if name in found}
     compare(results)
     return {**parts[0], "seconds": max(part["seconds"] for part in parts), "results": results}
-
-
-def tune(arm: Arm, batches: list[Any], setup: Setup) -> dict[str, Any]:
-    """Chooses the learning rate by the mean training loss of the last tenth, over the tuning seeds."""
-    pairs = list(itertools.product(setup.multipliers, TUNING_SEEDS))
-    found = arm.run([seed for _, seed in pairs], [factor for factor, _ in pairs], batches)
-    last = found["losses"][-max(1, len(batches) // 10) :].mean(0)
-    by_rate = {
-        factor: float(np.mean([x for x, (f, _) in zip(last, pairs) if f == factor])) for factor in setup.multipliers
-    }
-    sound = {factor: loss for factor, loss in by_rate.items() if math.isfinite(loss)} or by_rate
-    best = min(sound, key=sound.__getitem__)
-    return {
-        "factor": best,
-        "rate": best * setup.learning_rate,
-        "edge": best in (min(setup.multipliers), max(setup.multipliers)),
-        "losses": {f"{f * setup.learning_rate:.1e}": loss for f, loss in by_rate.items()},
-    }
 
 
 def main() -> int:
@@ -286,10 +218,10 @@ def main() -> int:
     batches = [put({name: batch[name] for name in MODEL_ARRAYS}) for batch, _ in itertools.islice(stream, setup.steps)]
     train = Train(steps=setup.steps)
     chosen = {name: forward for name, forward in arms(setup).items() if not options.routers or name in options.routers}
-    made = {name: Arm(name, forward, setup, train) for name, forward in chosen.items()}
+    started = {name: made(forward, setup, train) for name, forward in chosen.items()}
     compiled: dict[str, float] = {}
     with concurrent.futures.ThreadPoolExecutor(max_workers=2 if options.smoke else 8) as pool:
-        futures = {pool.submit(arm.compile): name for name, arm in made.items()}
+        futures = {pool.submit(arm.compile): name for name, arm in started.items()}
         for future in concurrent.futures.as_completed(futures):
             name = futures[future]
             try:
@@ -298,19 +230,18 @@ def main() -> int:
             except Exception as error:  # one arm that cannot be compiled must not cost the others their time
                 say(f"{name}: left out, {type(error).__name__}: {str(error)[:500]}")
     results: dict[str, dict[str, Any]] = {}
-    for name in [name for name in made if name in compiled]:
-        arm = made[name]
+    for name in [name for name in started if name in compiled]:
+        arm = started[name]
         left = math.inf if options.seconds is None else options.seconds - (time.perf_counter() - began)
         if results and left < 1.2 * max(row["wall_s"] for row in results.values()):
             say(f"{name}: left out, {left:.0f} s are left")
             continue
         start = time.perf_counter()
         try:
-            tuned = tune(arm, batches, setup)
-            final = arm.run(list(SEEDS), [tuned["factor"]] * len(SEEDS), batches)
-            final["validation"] = held_out(arm, final["state"], dataset, data, setup)
-            final["compile_s"] = compiled[name]
-            results[name] = summary(arm, tuned, final, setup)
+            tuned = arm.tune(setup.multipliers, TUNING_SEEDS, batches)
+            final = arm.run(SEEDS, [tuned["factor"]] * len(SEEDS), batches)
+            losses = arm.held_out(final.state, dataset, data, setup.validation_tokens)
+            results[name] = summary(arm, tuned, final, losses, compiled[name])
             results[name]["wall_s"] = time.perf_counter() - start
             mean, half = results[name]["loss"]
             say(f"{name}: {mean:.4f} +- {half:.4f} at {tuned['rate']:.1e}, {results[name]['wall_s']:.1f} s")
@@ -330,7 +261,7 @@ def main() -> int:
         "results": results,
     }
     write(report, options.out)
-    say(f"{len(results)} of {len(made)} arms in {report['seconds']:.0f} s; written to {options.out}")
+    say(f"{len(results)} of {len(started)} arms in {report['seconds']:.0f} s; written to {options.out}")
     return 0 if results else 1
 
 

@@ -1,21 +1,15 @@
 """Table and figure of a comparison of routers: means with intervals over seeds, paired differences."""
 
 import json
-import math
 import pathlib
 from typing import Any
 
 import numpy as np
 
-STUDENT = {4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
-"""97.5% quantiles of Student's t by degrees of freedom."""
+from experiments.paired import interval
+
 BASELINE = "top_k"
 """What causal routers are compared with."""
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Returns (mean, half width of the 95% interval) of independent values."""
-    return float(values.mean()), float(STUDENT[len(values) - 1] * values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def compare(results: dict[str, dict[str, Any]]) -> None:

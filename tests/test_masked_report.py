@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.masked_orderings import SMOKE, arms
-from experiments.masked_report import comparisons, paired, verdict, write
-from experiments.routing_report import interval
+from experiments.masked_orderings import SMOKE
+from experiments.masked_report import comparisons, verdict, write
+from experiments.paired import interval, paired
 
 
 def test_a_paired_test_by_hand() -> None:
@@ -40,10 +40,9 @@ def test_the_table_has_what_there_is(tmp_path) -> None:
 
 
 def test_the_small_model_has_as_many_weights_as_are_not_zero_in_a_sparse_one() -> None:
-    from experiments.masked_orderings import Arm, Setup
+    from experiments.masked_orderings import Setup, made, parameters
 
     setup = Setup()
-    made = {name: Arm(name, *arms(setup)[name], setup, 256) for name in ("static", "small_dense")}
-    _, nonzeros = made["static"].parameters()
-    whole, same = made["small_dense"].parameters()
+    _, nonzeros = parameters(made("static", setup, 256))
+    whole, same = parameters(made("small_dense", setup, 256))
     assert whole == same and whole == pytest.approx(nonzeros, rel=0.01)

@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from experiments.paired import interval
 from experiments.routing_comparison import SMOKE, joined
-from experiments.routing_report import interval, write
+from experiments.routing_report import write
 
 
 def row(losses: list[float], causal: bool = True) -> dict:

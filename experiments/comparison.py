@@ -1,0 +1,161 @@
+"""An arm of a comparison is a population: one model, compiled once for any seeds and learning rates, tuned, trained, looked at.
+
+All arms see the same batches in the same order, and members of equal seeds share initial values wherever models are equal, so that
+differences between arms are paired by seed. Every run finishes its learning-rate schedule.
+
+Legend: P members, B batch, L length, S steps.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_lm.data.dataset import Dataset
+from sparse_lm.data.pipeline import DataConfig
+from sparse_lm.model.definition import Definition
+from sparse_lm.train.optimizer import Optimizer
+from sparse_lm.train.population import MEMBERS, Population
+from sparse_lm.train.state import TrainState, fresh_state, member_keys
+from sparse_lm.train.step import PULSE, Train, build_step
+from sparse_lm.train.validation import MODEL_ARRAYS, build_eval_step, document_losses
+from sparse_lm.weight_sparsity.door import NoSparsity, WeightSparsity
+
+WATCH_EVERY = 10
+"""Steps between two of those whose watched numbers are kept; the last step's always are."""
+
+
+class Trained(NamedTuple):
+    """A trained population.
+
+    Attributes:
+      state: of all members.
+      losses_SP: training loss of each step.
+      watched: what `Arm` watches, on the device, of every tenth step and the last.
+      seconds: from the first step to the last.
+    """
+
+    state: TrainState
+    losses_SP: np.ndarray
+    watched: list[Any]
+    seconds: float
+
+
+class Arm:
+    """One model's population."""
+
+    def __init__(
+        self,
+        definition: Definition,
+        optimizer: Optimizer,
+        train: Train,
+        *,
+        members: int,
+        shape: tuple[int, int],
+        sparsity: WeightSparsity | None = None,
+        watch: Callable[[dict[str, Any]], Any] = lambda found: (),
+    ):
+        """Prepares an arm; `compile` compiles it.
+
+        Args:
+          definition: the model.
+          optimizer: its learning rate is what multiples are of.
+          train: length and numerics.
+          members: P.
+          shape: (B, L) of all batches.
+          sparsity: of the weights; None: dense.
+          watch: chooses from a step's metrics what to keep; hundreds of small arrays a step would be the host's work.
+        """
+        self.definition, self.optimizer, self.train = definition, optimizer, train
+        self.members, self.shape, self._watch = members, shape, watch
+        self.sparsifier = (sparsity or NoSparsity()).build(definition, optimizer, train.steps, 1)
+        transformation = optimizer.build(definition.dims)
+
+        def around(params: Any, key: jax.Array) -> TrainState:
+            return fresh_state(definition, transformation, params, key, with_ema=False, sparsifier=self.sparsifier)
+
+        self._around = jax.jit(jax.vmap(around), donate_argnums=0)
+        self._effective = jax.jit(jax.vmap(lambda p, s: self.sparsifier.forward_params(p, s, train.steps)))
+        self._losses = build_eval_step(definition, Population(seeds=tuple(range(members))))
+        self._step: dict[bool, Any] = {}
+
+    def create(self, seeds: jax.Array) -> TrainState:
+        """Returns the state of step 0 of all members."""
+        init_keys, run_keys = jax.vmap(member_keys)(seeds)
+        return self._around(self.definition.initial_params(init_keys), run_keys)
+
+    def compile(self) -> float:
+        """Compiles creation, the step (with and without a change of masks) and evaluation; returns the seconds."""
+        start = time.perf_counter()
+        first = self.create(jnp.arange(self.members, dtype=jnp.uint32))
+        rates = jax.ShapeDtypeStruct((self.members,), jnp.float32)
+        batch = dict.fromkeys(MODEL_ARRAYS, jax.ShapeDtypeStruct(self.shape, jnp.int32))
+        changing = any(self.sparsifier.apart(step) for step in range(self.train.steps))
+        for changes in (False, True) if changing else (False,):
+            step = build_step(self.definition, self.optimizer, self.train, self.sparsifier, MEMBERS, changes)
+
+            def bare(state: TrainState, batch: Any, rate: jax.Array, step: Any = step) -> Any:
+                state, found = step(state, batch, rate)
+                return state, found["pulse"], self._watch(found)
+
+            over = jax.vmap(bare, in_axes=(0, None, 0), axis_name=MEMBERS)
+            self._step[changes] = jax.jit(over, donate_argnums=0).lower(first, batch, rates).compile()
+        empty = dict.fromkeys(MODEL_ARRAYS, np.zeros(self.shape, np.int32))
+        jax.block_until_ready(self._losses(*self.inference(first), empty))
+        return time.perf_counter() - start
+
+    def run(self, seeds: Sequence[int], rates: Sequence[float], batches: Sequence[Any]) -> Trained:
+        """Trains members of these seeds at these multiples of the learning rate."""
+        state, factors = self.create(jnp.asarray(seeds, jnp.uint32)), jnp.asarray(rates, jnp.float32)
+        pulses, watched = [], []
+        jax.block_until_ready(state)
+        start = time.perf_counter()
+        for number, batch in enumerate(batches):
+            state, pulse, seen = self._step[self.sparsifier.apart(number)](state, batch, factors)
+            pulses.append(pulse)
+            if number % WATCH_EVERY == 0 or number == len(batches) - 1:
+                watched.append(seen)
+        jax.block_until_ready(state)
+        seconds = time.perf_counter() - start
+        losses_SP = np.stack([np.asarray(pulse)[:, PULSE.index("loss")] for pulse in pulses])
+        return Trained(state, losses_SP, watched, seconds)
+
+    def inference(self, state: TrainState) -> tuple[Any, Any]:
+        """Returns (effective parameters, model state with tables) of all members, as evaluation takes them."""
+        return self._effective(state.params, state.sparsity), state.inference_state()
+
+    def token_losses(self, inference: tuple[Any, Any], batch: dict[str, np.ndarray]) -> np.ndarray:
+        """Returns the cross-entropy of every position, nats, [P, B, L]."""
+        return np.asarray(self._losses(*inference, {name: batch[name] for name in MODEL_ARRAYS}))
+
+    def held_out(self, state: TrainState, dataset: Dataset, data: DataConfig, max_tokens: int) -> np.ndarray:
+        """Returns the validation loss of each member over all domains, of which each gives at most so many tokens; nats a token."""
+        (params, model_state), nats, tokens = self.inference(state), 0.0, 0
+        for domain in dataset.domains:
+            found = document_losses(
+                self._losses, params, model_state, dataset, data, domain, batch_size=self.shape[0], max_tokens=max_tokens
+            )  # fmt: skip
+            nats, tokens = nats + found.nats.sum(-1), tokens + int(found.tokens.sum())
+        return np.asarray(nats) / max(tokens, 1)
+
+    def tune(self, multipliers: Sequence[float], seeds: Sequence[int], batches: Sequence[Any]) -> dict[str, Any]:
+        """Chooses the learning rate by the mean training loss of the last tenth, over the tuning seeds.
+
+        Returns:
+          {"factor", "rate", "edge" (whether it is the lowest or highest tried), "losses": {rate: loss}}.
+        """
+        pairs = list(itertools.product(multipliers, seeds))
+        found = self.run([seed for _, seed in pairs], [factor for factor, _ in pairs], batches)
+        late_P = found.losses_SP[-max(1, len(batches) // 10) :].mean(0)
+        last = late_P.reshape(len(multipliers), -1).mean(1)
+        best, rate = int(np.argmin(np.where(np.isfinite(last), last, np.inf))), self.optimizer.learning_rate
+        return {
+            "factor": multipliers[best],
+            "rate": multipliers[best] * rate,
+            "edge": multipliers[best] in (min(multipliers), max(multipliers)),
+            "losses": {f"{factor * rate:.1e}": float(loss) for factor, loss in zip(multipliers, last)},
+        }
