@@ -55,14 +55,14 @@ class Tables(Protocol):
     def prefetch(self, wanted: Wanted) -> None:
         """Asks for the rows of the next batch; batches are asked for in the order in which they are trained on."""
 
-    def lend(self, tables: Tree) -> Tree:
-        """Returns the tables that the next step is given, and waits for them."""
+    def lend(self, tables: Tree, program: Any) -> Tree:
+        """Returns the tables that the next step is given, which `program` is about to take, and waits for them."""
 
     def give_back(self, tables: Tree) -> Tree:
         """Takes the tables that a step returned, which need not have run yet; returns those of the state."""
 
     def settle(self) -> None:
-        """Waits until the state's tables are those after the last step."""
+        """Waits until the state's tables are those after the last step and nothing travels."""
 
     def read(self) -> dict[str, float]:
         """Returns what is to be logged since the last call."""
@@ -81,7 +81,7 @@ class DeviceTables:
     def prefetch(self, wanted: Wanted) -> None:
         """See Tables.prefetch."""
 
-    def lend(self, tables: Tree) -> Tree:
+    def lend(self, tables: Tree, program: Any) -> Tree:
         """See Tables.lend."""
         return tables
 
@@ -125,6 +125,8 @@ class HostTables:
         self._asked, self._given = 0, 0
         self._last_asked: Wanted | None = None
         self._running: Wanted | None = None
+        self._programs: list[Any] = []  # that have run
+        self._alone = False
         self._written: Tree | None = None
         self._last_write: concurrent.futures.Future = concurrent.futures.Future()
         self._last_write.set_result(None)
@@ -154,11 +156,18 @@ class HostTables:
             self._last_asked = wanted
             self._asked += 1
 
-    def lend(self, tables: Tree) -> Tree:
+    def lend(self, tables: Tree, program: Any) -> Tree:
         """See Tables.lend."""
         self._running, future = self._fetches.popleft()
         with self._timed("wait"):
             places, fetched, source = future.result()
+        self._alone = program not in self._programs
+        if self._alone:
+            # On a GPU the first run of a program loads cuDNN's kernels, which fails if rows travel meanwhile ("capturing stream has
+            # unjoined work"). Only this thread hands out work, so nothing moves from here on until `give_back`.
+            self._programs.append(program)
+            self.settle()
+            jax.block_until_ready((places, fetched, source))
         if self._written is not None:
             fetched = forwarded(fetched, self._written, source, mesh=self._mesh)
         self._moved["steps"] += 1
@@ -170,6 +179,8 @@ class HostTables:
         """See Tables.give_back."""
         assert self._running is not None
         self._written = {part: tables[part] for part in ("rows", "slots")}
+        if self._alone:
+            jax.block_until_ready(self._written)
         pieces = jax.tree.map(_pieces, self._written)
         for piece in jax.tree.leaves(pieces):
             piece.copy_to_host_async()
@@ -181,6 +192,7 @@ class HostTables:
     def settle(self) -> None:
         """See Tables.settle."""
         self._last_write.result()
+        jax.block_until_ready([future.result() for _, future in self._fetches])
 
     def read(self) -> dict[str, float]:
         """See Tables.read: means over the steps handed over since the last call; bytes go to the device and as many come back."""

@@ -83,8 +83,10 @@ class RepeatedStep:
         """Enqueues a step and returns its metrics."""
         self.tables.prefetch(next(self._coming))
         wanted, batch = next(self._batches)
-        lent = dataclasses.replace(self.state, tables=self.tables.lend(self.state.tables))
-        state, metrics = self._programs[wanted.full](lent, batch)
+        program = self._programs[wanted.full]
+        state, metrics = program(
+            dataclasses.replace(self.state, tables=self.tables.lend(self.state.tables, program)), batch
+        )
         self.state = dataclasses.replace(state, tables=self.tables.give_back(state.tables))
         return metrics
 

@@ -76,7 +76,7 @@ def on_host(chosen: NgramMemory, batches: list[Any] = BATCHES, delay: float = 0.
     for i, batch in enumerate(batches):
         if i + 2 < len(batches):
             mover.prefetch(wanted[i + 2])
-        assert mover.give_back(step(mover.lend(tables), batch, i + 1, i == BROKEN)) is tables
+        assert mover.give_back(step(mover.lend(tables, step), batch, i + 1, i == BROKEN)) is tables
     mover.settle()
     row = mover.read()
     mover.close()
@@ -179,12 +179,42 @@ def test_a_failed_write_is_raised() -> None:
     mover = HostTables(chosen, chosen.hashes(tiny.VOCABULARY, None), tables, ONE)
     mover.prefetch(mover.find(BATCHES[0]))
     tables["rows"]["0"].values.flags.writeable = False
-    held = mover.lend(tables)
+    held = mover.lend(tables, None)
     mover.give_back({part: held[part] for part in ("rows", "slots")})
     mover.prefetch(mover.find(BATCHES[1]))
     with pytest.raises(ValueError, match="read-only"):
-        mover.lend(tables)
+        mover.lend(tables, None)
     mover.close()
+
+
+def test_nothing_travels_while_a_program_runs_for_the_first_time() -> None:
+    chosen = memory(RowSGD(), placement=OnHost())
+    tables = host_rows(chosen, jax.random.key(3))
+    mover = HostTables(chosen, chosen.hashes(tiny.VOCABULARY, None), tables, ONE)
+    started, ended, fetch = [], [], mover._fetch
+
+    def slow(*arguments: Any) -> Any:
+        started.append(1)
+        time.sleep(0.03)
+        found = fetch(*arguments)
+        ended.append(1)
+        return found
+
+    mover._fetch = slow
+    wanted = [mover.find(batch) for batch in BATCHES]
+    for found in wanted[:2]:
+        mover.prefetch(found)
+    travels = []
+    for i, program in enumerate(("plain", "plain", "plain", "full", "plain", "full")):
+        mover.prefetch(wanted[i + 2])
+        held = mover.lend(tables, program)
+        travels.append(len(started) > len(ended))
+        time.sleep(0.01)
+        travels[-1] |= len(started) > len(ended)
+        mover.give_back({part: held[part] for part in ("rows", "slots")})
+    mover.close()
+    assert not travels[0] and not travels[3]
+    assert any(travels)
 
 
 def test_the_address_arithmetic_is_that_of_the_variants() -> None:

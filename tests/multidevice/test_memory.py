@@ -79,7 +79,7 @@ def ten_steps(placement: Placement = DEVICE, **mesh: int) -> tuple[Session, Any,
     for i, batch in enumerate(BATCHES):
         for found in wanted[i + 2 : i + 3]:
             tables.prefetch(found)
-        state, metrics = step(dataclasses.replace(state, tables=tables.lend(state.tables)), opened.put(batch))
+        state, metrics = step(dataclasses.replace(state, tables=tables.lend(state.tables, step)), opened.put(batch))
         state = dataclasses.replace(state, tables=tables.give_back(state.tables))
         losses.append(float(np.asarray(metrics["pulse"])[PULSE.index("loss")]))
     tables.settle()
