@@ -7,6 +7,7 @@ Legend: P members, B batch, L length, S steps.
 """
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,14 +20,16 @@ from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.pipeline import DataConfig
 from sparse_lm.model.definition import Definition
 from sparse_lm.train.optimizer import Optimizer
-from sparse_lm.train.population import MEMBERS, Population
+from sparse_lm.train.population import MEMBERS
 from sparse_lm.train.state import TrainState, fresh_state, member_keys
 from sparse_lm.train.step import PULSE, Train, build_step
-from sparse_lm.train.validation import MODEL_ARRAYS, build_eval_step, document_losses
+from sparse_lm.train.validation import MODEL_ARRAYS, document_losses
 from sparse_lm.weight_sparsity.door import NoSparsity, WeightSparsity
 
 WATCH_EVERY = 10
 """Steps between two of those whose watched numbers are kept; the last step's always are."""
+LOWERING = threading.Lock()
+"""Arms are lowered in turn and only compiled side by side: lowering holds the interpreter, and two threads that lower Mosaic kernels can fail."""
 
 
 class Trained(NamedTuple):
@@ -80,8 +83,8 @@ class Arm:
 
         self._around = jax.jit(jax.vmap(around), donate_argnums=0)
         self._effective = jax.jit(jax.vmap(lambda p, s: self.sparsifier.forward_params(p, s, train.steps)))
-        self._losses = build_eval_step(definition, Population(seeds=tuple(range(members))))
         self._step: dict[bool, Any] = {}
+        self._losses: Any = None
 
     def create(self, seeds: jax.Array) -> TrainState:
         """Returns the state of step 0 of all members."""
@@ -92,21 +95,32 @@ class Arm:
         """Compiles creation, the step (with and without a change of masks) and evaluation; returns the seconds."""
         start = time.perf_counter()
         first = self.create(jnp.arange(self.members, dtype=jnp.uint32))
+        state, inference = jax.tree.map(_abstract, (first, self.inference(first)))
+        del first
         rates = jax.ShapeDtypeStruct((self.members,), jnp.float32)
         batch = dict.fromkeys(MODEL_ARRAYS, jax.ShapeDtypeStruct(self.shape, jnp.int32))
         changing = any(self.sparsifier.apart(step) for step in range(self.train.steps))
-        for changes in (False, True) if changing else (False,):
-            step = build_step(self.definition, self.optimizer, self.train, self.sparsifier, MEMBERS, changes)
-
-            def bare(state: TrainState, batch: Any, rate: jax.Array, step: Any = step) -> Any:
-                state, found = step(state, batch, rate)
-                return state, found["pulse"], self._watch(found)
-
-            over = jax.vmap(bare, in_axes=(0, None, 0), axis_name=MEMBERS)
-            self._step[changes] = jax.jit(over, donate_argnums=0).lower(first, batch, rates).compile()
-        empty = dict.fromkeys(MODEL_ARRAYS, np.zeros(self.shape, np.int32))
-        jax.block_until_ready(self._losses(*self.inference(first), empty))
+        with LOWERING:
+            steps = {
+                changes: jax.jit(self._over_members(changes), donate_argnums=0).lower(state, batch, rates)
+                for changes in ((False, True) if changing else (False,))
+            }
+            losses = jax.jit(jax.vmap(self._token_losses, in_axes=(0, 0, None))).lower(*inference, batch)
+        self._step = {changes: lowered.compile() for changes, lowered in steps.items()}
+        self._losses = losses.compile()
         return time.perf_counter() - start
+
+    def _over_members(self, changes: bool) -> Callable[..., Any]:
+        step = build_step(self.definition, self.optimizer, self.train, self.sparsifier, MEMBERS, changes)
+
+        def bare(state: TrainState, batch: Any, rate: jax.Array) -> Any:
+            state, found = step(state, batch, rate)
+            return state, found["pulse"], self._watch(found)
+
+        return jax.vmap(bare, in_axes=(0, None, 0), axis_name=MEMBERS)
+
+    def _token_losses(self, params: Any, model_state: Any, batch: Any) -> jax.Array:
+        return self.definition.token_losses(params, model_state, batch)[0]
 
     def run(self, seeds: Sequence[int], rates: Sequence[float], batches: Sequence[Any]) -> Trained:
         """Trains members of these seeds at these multiples of the learning rate."""
@@ -159,3 +173,7 @@ class Arm:
             "edge": multipliers[best] in (min(multipliers), max(multipliers)),
             "losses": {f"{factor * rate:.1e}": float(loss) for factor, loss in zip(multipliers, last)},
         }
+
+
+def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
