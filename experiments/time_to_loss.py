@@ -30,7 +30,7 @@ from experiments.timed_arm import SMOKE, Arm, Batches, Setup, compile_all, plann
 from sparse_lm.data.packaged import Packaged
 from sparse_lm.data.pipeline import DataConfig, prepare, train_stream, validation_batches
 from sparse_lm.data.tokenizer import BPE
-from sparse_lm.train.validation import MODEL_ARRAYS, Validation, validation_row
+from sparse_lm.train.validation import Validation, validation_row
 
 DENSE, SPARSE = "wide_dense", ("wide_sparse_25", "wide_sparse_10")
 
@@ -75,7 +75,7 @@ def result(
     setup, recipe, moves = arm.setup, arm.recipe, not name.endswith(STATIC)
     evaluate = arm.programs["evaluate"]
     held_out = [
-        {key: batch[key] for key in MODEL_ARRAYS} | {"counted": batch["documents_BL"] >= 0}
+        (jax.block_until_ready(arm.session.put(batch)), batch["documents_BL"] >= 0)
         for domain in dataset.domains
         for batch in itertools.islice(
             validation_batches(dataset, recipe.data, domain, batch_size=setup.batch), setup.probe_batches
@@ -84,10 +84,10 @@ def result(
 
     def probe(state: Any) -> float:
         nats, tokens = 0.0, 0
-        for batch in held_out:
-            losses = evaluate(state.params, state.inference_state(), {key: batch[key] for key in MODEL_ARRAYS})
-            nats += float(np.asarray(losses, np.float64)[batch["counted"]].sum())
-            tokens += int(batch["counted"].sum())
+        for batch, counted in held_out:
+            losses = evaluate(state.params, state.inference_state(), batch)
+            nats += float(np.asarray(losses, np.float64)[counted].sum())
+            tokens += int(counted.sum())
         return nats / tokens
 
     steps = planned(share * setup.seconds, timing, lambda steps: len(arm.changes(steps)) if moves else 0)

@@ -123,6 +123,12 @@ class Arm:
         """Returns a copy of the state of step 0, which a step may overwrite."""
         return jax.block_until_ready(jax.tree.map(jnp.copy, self.initial))
 
+    def place(self, numbers: list[float]) -> list[jax.Array]:
+        """Puts numbers on the device and waits: a program's first run loads kernels, during which nothing should travel."""
+        return jax.block_until_ready(
+            jax.device_put([np.float32(n) for n in numbers], rules.replicated(self.session.mesh))
+        )
+
     def lower(self) -> dict[str, Any]:
         """Returns the lowered programs.
 
@@ -169,14 +175,14 @@ class Arm:
     def time(self, batches: "Batches") -> dict[str, float]:
         """Returns the seconds of a step and of one that changes the topology, timed on a state of their own."""
         state, found = self.fresh(), {}
-        first = batches.take(1)[0]
+        first, nothing = batches.take(1)[0], self.place([0.0])[0]
         for name, repeats in (("step", self.setup.timed), ("change", 2)):
             if name in self.programs:
                 for warm in (True, False):
                     jax.block_until_ready(state)
                     start = time.perf_counter()
                     for _ in range(2 if warm else repeats):
-                        state, _ = self.programs[name](state, first, np.float32(0.0))
+                        state, _ = self.programs[name](state, first, nothing)
                     jax.block_until_ready(state)
                 found[name] = (time.perf_counter() - start) / repeats
         return found
@@ -195,10 +201,11 @@ class Arm:
           (state, {"curve": {"seconds", "loss"} of every step, "probes": [step, seconds, held-out loss], "seconds", "changes"}).
         """
         fixed, state = batches.take(steps), self.fresh()
-        factors = [np.float32(multiplier * self.rate.at(step, steps)) for step in range(steps)]
+        numbers = [multiplier * self.rate.at(step, steps) for step in range(steps)]
         shares = {}
         if moves and self.topology is not None:
-            shares = {step: np.float32(self.topology.drop_fraction(step, steps)) for step in self.changes(steps)}
+            shares = {step: float(self.topology.drop_fraction(step, steps)) for step in self.changes(steps)}
+        placed = self.place([shares.get(step, number) for step, number in enumerate(numbers)])
         marks = {round(steps * (n + 1) / self.setup.probes) for n in range(self.setup.probes)}
         losses: list[float] = []
         seconds: list[float] = []
@@ -213,8 +220,8 @@ class Arm:
                 seconds.append(before + time.perf_counter() - start)
 
         for step, batch in enumerate(fixed):
-            program, number = ("change", shares[step]) if step in shares else ("step", factors[step])
-            state, pulse = self.programs[program](state, batch, number)
+            program = self.programs["change" if step in shares else "step"]
+            state, pulse = program(state, batch, placed[step])
             waiting.append(pulse)
             read(2)
             if step + 1 in marks:
@@ -261,7 +268,7 @@ class Batches:
             if documents_bucket(most, found) != most:
                 raise ValueError(f"{found} documents in a row; allowed: {most}, attention.max_documents")
             self._batches.append(arm.session.put(batch))
-        return self._batches[:count]
+        return jax.block_until_ready(self._batches[:count])
 
 
 def compile_all(arms: dict[str, Arm], say: Callable[[str], Any], workers: int) -> None:
