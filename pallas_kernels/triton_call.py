@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -39,6 +40,16 @@ def large_tiles() -> bool:
     """True if the CUDA device has the shared memory for three stages of 128 x 256 tiles."""
     kind = device_kind("cuda") or ""
     return any(name in kind for name in LARGE_SHARED_MEMORY)
+
+
+@functools.cache
+def converts_float8() -> bool:
+    """True if the attached CUDA device has an instruction that reads float8: from compute capability 8.9 on."""
+    try:
+        capability = jax.devices("cuda")[0].compute_capability
+    except (RuntimeError, AttributeError):
+        return False
+    return tuple(int(part) for part in capability.split(".")) >= (8, 9)
 
 
 def dot_precision(dtype, precision: lax.Precision | None) -> str:

@@ -5,6 +5,8 @@ Legend: A addresses, R rows, D numbers of a row, W words of a packed row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -33,23 +35,35 @@ def lookup(table_RD: jax.Array, address_A: jax.Array) -> jax.Array:
     """[A, D]: rows, zeros for addresses outside the table."""
     from pallas_kernels.embedding_lookup import triton_kernels
 
-    count, (rows, columns) = address_A.shape[0], table_RD.shape
     packed = table_RD.dtype == jnp.uint32
+    count, (rows, columns) = address_A.shape[0], table_RD.shape
     width = float8_rows.row_width(columns) if packed else columns
-    lanes = 1 << (width - 1).bit_length()
-    # 16 KiB of rows a program of two warps; a single row of addresses less where rows are wide.
-    taken = max(1, min(64, 4096 // lanes))
+    # A program takes about 4096 numbers: 64 rows, fewer of wide ones.
+    taken = max(1, min(64, 4096 // _power_of_two(width)))
+    own: dict[str, Any] = {"LANES": _power_of_two(width), "num_warps": 2}
+    if packed:
+        # Twice the warps hold half of the registers each, so as many as a device takes wait for memory at a time.
+        own = {
+            "LANES": max(2, _power_of_two(width // 4)),
+            "WORDS": columns,
+            "CONVERTS": triton_call.converts_float8(),
+            "num_warps": 4,
+        }
     return triton_call.call(
         triton_kernels.float8_lookup if packed else triton_kernels.lookup,
         table_RD,
         address_A,
         out_shape=jax.ShapeDtypeStruct((count, width), jnp.bfloat16 if packed else table_RD.dtype),
         grid=(-(-count // taken),),
-        num_warps=2,
         num_stages=1,
         A=count,
         R=rows,
         D=width,
-        LANES=lanes,
         TAKEN=taken,
+        **own,
     )
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest one that is at least `size`."""
+    return 1 << (size - 1).bit_length()

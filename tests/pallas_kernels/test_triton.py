@@ -50,6 +50,19 @@ def test_exact_float32_is_the_default_and_tf32_only_by_name():
     assert triton_call.dot_precision(jnp.bfloat16, jax.lax.Precision.HIGH) == "ieee"
 
 
+def test_float8_is_read_by_an_instruction_where_there_is_one(monkeypatch):
+    for capability, converts in (("8.0", False), ("8.9", True), ("9.0", True), ("10.0", True)):
+        device = types.SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "devices", lambda kind, device=device: [device])
+        assert triton_call.converts_float8.__wrapped__() is converts
+
+    def without(kind):
+        raise RuntimeError("no such platform")
+
+    monkeypatch.setattr(jax, "devices", without)
+    assert triton_call.converts_float8.__wrapped__() is False
+
+
 def error(a, b):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert np.isfinite(a).all()

@@ -149,3 +149,17 @@ def test_lookup_on_the_device(dtype: str, width: int) -> None:
     address = jnp.asarray(np.random.default_rng(2).integers(-5, 1005, 777), jnp.int32)
     found, expected = (embedding_lookup(rows, address, backend=b) for b in ("triton", "reference"))
     assert found.dtype == expected.dtype and (found == expected).all()
+
+
+@installed
+@pytest.mark.gpu
+def test_every_float8_number_at_every_scale_on_the_device() -> None:
+    """Rows of 64: each byte, NaN too, beside the exponents of a group that `pack` makes (27 to 247)."""
+    rows = np.zeros((4 * 221, 68), np.uint8)
+    for n, exponent in enumerate(range(27, 248)):
+        rows[4 * n : 4 * n + 4, :64] = np.arange(256, dtype=np.uint8).reshape(4, 64)
+        rows[4 * n : 4 * n + 4, 64:66] = exponent
+    words = jnp.asarray(rows.view(np.uint32))
+    address = jnp.arange(len(rows), dtype=jnp.int32)
+    found, expected = (embedding_lookup(words, address, backend=b).astype(jnp.float32) for b in ("triton", "reference"))
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))  # NaN equals NaN here
