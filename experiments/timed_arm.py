@@ -216,7 +216,7 @@ class Arm:
         def read(most: int) -> None:
             """Reads losses of enqueued steps but the last `most`: the device never waits for the host."""
             while len(waiting) > most:
-                losses.append(float(waiting.popleft()[PULSE.index("loss")]))
+                losses.append(float(np.asarray(waiting.popleft())[PULSE.index("loss")]))
                 seconds.append(before + time.perf_counter() - start)
 
         for step, batch in enumerate(fixed):
