@@ -46,7 +46,7 @@ from sparse_lm.weight_sparsity.masked import Masked
 from sparse_lm.weight_sparsity.schedules import CubicSparsity, Periodic
 
 TUNING_SEEDS, SEEDS = (100, 101), tuple(range(8))
-MULTIPLIERS = (0.125, 0.25, 0.5, 1.0)
+MULTIPLIERS = (0.25, 0.5, 1.0, 2.0)
 """Of the recipe's learning rate; with each tuning seed as many members as there are seeds."""
 
 
@@ -124,7 +124,8 @@ def result(arm: Arm, batches: list[Any], dataset: Any, data: DataConfig, validat
     final = arm.run(SEEDS, [tuned["factor"]] * len(SEEDS), batches)
     losses = arm.held_out(final.state, dataset, data, validation_tokens)
     everything, present = parameters(arm)
-    sparsity = final.state.sparsity
+    sparsity, every = final.state.sparsity, max(1, len(batches) // 200)
+    whole = len(batches) // every * every
     tokens = len(SEEDS) * len(batches) * math.prod(arm.shape)
     return {
         "learning_rate": tuned["rate"],
@@ -132,7 +133,8 @@ def result(arm: Arm, batches: list[Any], dataset: Any, data: DataConfig, validat
         "tuning": tuned["losses"],
         "losses": losses.tolist(),
         "loss": interval(losses),
-        "curve": final.losses_SP.mean(-1).tolist(),
+        "curve": np.round(final.losses_SP[:whole].mean(-1).reshape(-1, every).mean(-1), 4).tolist(),
+        "curve_every": every,
         "density": density(jax.jit(jax.vmap(arm.sparsifier.numbers))(sparsity) if sparsity else {}),
         "parameters": everything,
         "nonzeros": present,

@@ -102,7 +102,7 @@ def picture(report: dict[str, Any], path: pathlib.Path) -> None:
         curve = np.array(row["curve"])
         window = max(1, len(curve) // 40)
         smooth = np.convolve(curve, np.ones(window) / window, "valid")
-        right.plot(np.arange(len(smooth)) + window, smooth, color=f"C{y}", label=name)
+        right.plot((np.arange(len(smooth)) + window) * row["curve_every"], smooth, color=f"C{y}", label=name)
     left.set_yticks(range(len(ordered)), [name for name, _ in ordered])
     left.invert_yaxis()
     left.set_xlabel("held-out loss, nats a token; bars: 95% over seeds, ticks: seeds")

@@ -23,7 +23,13 @@ def test_a_paired_test_by_hand() -> None:
 
 def test_the_table_has_what_there_is(tmp_path) -> None:
     def row(losses: list[float]) -> dict:
-        shared = {"learning_rate": 1.0, "learning_rate_at_edge": True, "tuning": {"1": 1.0}, "curve": [3.0, 2.0]}
+        shared = {
+            "learning_rate": 1.0,
+            "learning_rate_at_edge": True,
+            "tuning": {"1": 1.0},
+            "curve_every": 1,
+            "curve": [3.0, 2.0],
+        }
         sizes = {"parameters": 10, "nonzeros": 5, "tokens_per_s": 1.0}
         return {"losses": losses, "loss": interval(np.array(losses)), **shared, **sizes}
 
