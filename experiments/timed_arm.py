@@ -284,9 +284,8 @@ def compile_all(arms: dict[str, Arm], say: Callable[[str], Any], workers: int) -
             for arm in arms.values()
             for name, lowered in arm.lower().items()
         ]
-        made = [pool.submit(arm.fresh) for arm in arms.values()]
+        made = pool.submit(lambda: [jax.block_until_ready(arm.initial) for arm in arms.values()])
         for arm, name, future in waiting:
             arm.programs[name], seconds = future.result()
             say(f"{arm.name}, {name}: compiled in {seconds:.1f} s")
-        for future in made:
-            future.result()
+        made.result()
