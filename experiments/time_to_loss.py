@@ -8,7 +8,8 @@ Arms: `wide_dense`, `wide_sparse_25` and `wide_sparse_10` as in experiments/wide
 half of the seconds, and with a topology that stays (`_static`), both at the arm's best rate. The recipe's vocabulary of 32768 stays, so
 that a step costs what it costs there; the tokenizer of the packaged corpora uses 4096 of it.
 
-Writes DIR/time_to_loss.json after every run, then .md and .svg. Called again with the same sizes and data it goes on after the last finished run.
+Writes DIR/time_to_loss.json after every run, then .md and .svg. Called again with the same sizes and data it goes on after the last finished run;
+other learning rates may be added so.
 """
 
 import argparse
@@ -111,6 +112,11 @@ def result(
     }
 
 
+def comparable(report: dict[str, Any]) -> dict[str, Any]:
+    """Returns a report without the learning rates that were asked for: runs at others may join."""
+    return {**report, "setup": {**report["setup"], "multipliers": None}}
+
+
 def main() -> int:
     """Runs the comparison; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -149,7 +155,7 @@ def main() -> int:
     file = options.out / "time_to_loss.json"
     if file.exists():
         past = json.loads(file.read_text())
-        if all(past[name] == report[name] for name in ("device", "setup", "unique_tokens")):
+        if all(comparable(past)[name] == comparable(report)[name] for name in ("device", "setup", "unique_tokens")):
             report |= {"timing": past["timing"], "runs": past["runs"]}
     timing, runs = report["timing"], report["runs"]
     names = tuple(options.arms)

@@ -36,7 +36,7 @@ class Setup:
 
     seconds: float = 22.0
     """Training time of a run."""
-    multipliers: tuple[float, ...] = (1.0, 2.0)
+    multipliers: tuple[float, ...] = (1.0, 2.0, 0.5)
     """Of the recipe's learning rate, in the order of their turn."""
     batch: int = 4
     """Sequences a step: a quarter of the recipe's, as half a minute has few dense steps."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.time_to_loss import DENSE, data_of, jobs, main
+from experiments.time_to_loss import DENSE, comparable, data_of, jobs, main
 from experiments.time_to_loss_report import best_run, first_below, halved, markdown, smoothed, times_to_loss, write
 from experiments.timed_arm import SMOKE, Arm, planned
 from sparse_lm.train.benchmark import packed_batch
@@ -105,6 +105,14 @@ def test_the_order_of_runs_follows_the_best_rate() -> None:
         ("wide_sparse_10_static", 1.0, 1.0),
     ]
     assert list(jobs(setup, (DENSE,), {})) == [(DENSE, 1.0, 1.0), (DENSE, 2.0, 1.0)]
+
+
+def test_runs_at_other_learning_rates_may_join_a_report() -> None:
+    first, second = report(), report()
+    second["setup"]["multipliers"] = [0.25]
+    assert comparable(first)["setup"] == comparable(second)["setup"] and first["setup"] != second["setup"]
+    second["setup"]["seconds"] += 1.0
+    assert comparable(first)["setup"] != comparable(second)["setup"]
 
 
 @pytest.mark.slow
