@@ -113,7 +113,10 @@ def markdown(report: dict[str, Any]) -> str:
         )
     lines += gains_table(f"Gains, nats a token of all ({parts})", split(report))
     if split(report):
-        lines += ["", "Positive: the arm's loss is lower. p: paired t test, two sides, not corrected for the number of comparisons. Parts add up to `all`."]
+        lines += [
+            "",
+            "Positive: the arm's loss is lower. p: paired t test, two sides, not corrected for the number of comparisons. Parts add up to `all`.",
+        ]
     lines += gains_table("Gains by domain, nats a token of it", by(report, "domains"))
     lines += gains_table("Gains by kind of token, nats a token of it", by(report, "kinds"))
     for what in ("domains", "kinds"):
