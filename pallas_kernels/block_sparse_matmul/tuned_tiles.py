@@ -10,7 +10,6 @@ TILES: dict[str, dict[str, list[tuple[int, dict]]]] = {
     "NVIDIA H100 80GB HBM3": {
         "product": [
             (8, {"width": 2, "stages": 3, "stores": 4, "swapped": False}),
-            (16, {"width": 2, "swapped": False}),
             (INFINITE, {"width": 4, "swapped": True}),
         ],
         "product_transposed": [
