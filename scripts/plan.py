@@ -79,8 +79,9 @@ def show(plan: Plan, console: Console) -> None:
         soft_wrap=True,
     )
     if plan.host_bytes:
-        held = size_text(plan.host_bytes)
-        console.print(f"host memory: {held} of rows and slots, twice that while a save is under way", soft_wrap=True)
+        held, processes = size_text(plan.host_bytes), recipe.distributed.processes or 1
+        where = f"host memory of each of {processes} processes" if processes > 1 else "host memory"
+        console.print(f"{where}: {held} of rows and slots, twice that while a save is under way", soft_wrap=True)
     for line in plan.whole:
         console.print(f"left whole: {line}", soft_wrap=True)
     steps = recipe.train.steps

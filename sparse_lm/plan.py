@@ -18,7 +18,8 @@ from sparse_lm.accounting import Account, account
 from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.layers.tree_paths import flatten
-from sparse_lm.memory.working_set import shards_of_rows, working_set
+from sparse_lm.memory.owners import owners_of
+from sparse_lm.memory.working_set import working_set
 from sparse_lm.model.definition import Definition
 from sparse_lm.model.loss import chunks_of
 from sparse_lm.parallel import rules
@@ -41,7 +42,7 @@ class Plan:
       mesh: sizes of the mesh axes.
       account: parameters and forward operations per token by component, of one member.
       bytes: component -> part of PARTS -> bytes on each device, all members together; of tables in host memory the working sets.
-      host_bytes: of tables in host memory, rows and slots.
+      host_bytes: of tables in the host memory of a process, rows and slots.
       activation_bytes: estimate of what the backward pass keeps of one microbatch on each device; see `activation_bytes`.
       logits_bytes: float32 logits of one chunk of the loss and their gradient, on each device.
       whole: the dims that a mesh axis should split but does not divide.
@@ -121,7 +122,7 @@ def make_plan(recipe: Recipe, devices: int) -> Plan:
         mesh=sizes,
         account=account(recipe.model, length),
         bytes=state_bytes(session, mesh),
-        host_bytes=host_bytes(session),
+        host_bytes=host_bytes(session) // (recipe.distributed.processes or 1),
         activation_bytes=members * activation_bytes(session.definition, rows, length) // mesh.shape["context"],
         logits_bytes=members * logits_bytes(recipe, max(rows, 1), mesh),
         whole=tuple(rules.undivided(session.dims.params, shapes, mesh)),
@@ -203,11 +204,11 @@ def state_bytes(session: Session, mesh: Any) -> dict[str, dict[str, int]]:
         data = session.recipe.data
         arguments = (session.recipe.model.memory, session.abstract.tables, data.batch_size, data.sequence_length, False)
         # Places are split as the tokens, so both by the same axes as the rows.
-        shards = shards_of_rows(mesh)
-        working = jax.tree.leaves(working_set(*arguments, shards))
+        owners = owners_of(mesh)
+        working = jax.tree.leaves(working_set(*arguments, owners))
         # That of the step that runs, which the next one takes rows from, and those of the two steps after it.
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in working)
-        lines["memory_rows"]["tables"] += 3 * size // shards
+        lines["memory_rows"]["tables"] += 3 * size // owners.pieces_OM.size
     return dict(lines)
 
 

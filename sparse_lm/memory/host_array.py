@@ -34,16 +34,24 @@ class HostArray:
     Equal only to itself: its numbers may change between two calls of a program, which then reads the new ones.
 
     Args:
-      values: [R, ...]; copied if it cannot be written to.
+      values: [n, ...], all rows or those that this process keeps; copied if it cannot be written to.
+      rows: R of the whole table; None: n.
+      first: number of the first row that is here.
     """
 
-    def __init__(self, values: np.ndarray):
+    def __init__(self, values: np.ndarray, rows: int | None = None, first: int = 0):
         self.values = values if values.flags.writeable else values.copy()
+        self._total, self._first = len(values) if rows is None else rows, first
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
-        return self.values.shape
+        """Shape of the whole table."""
+        return (self._total, *self.values.shape[1:])
+
+    @property
+    def whole(self) -> bool:
+        """Whether all rows are here."""
+        return len(self.values) == self._total
 
     @property
     def dtype(self) -> np.dtype:
@@ -51,25 +59,28 @@ class HostArray:
         return self.values.dtype
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        assert self.whole, "other processes have the other rows"
         return np.array(self.values, dtype, copy=copy)
 
     def records(self) -> np.ndarray:
         """Returns the rows as one-dimensional records, which share the memory."""
         return as_records(self.values)
 
-    def copy(self) -> "HostArray":
-        """Returns a copy."""
-        return HostArray(self.values.copy())
-
     def zeros(self) -> "HostArray":
         """Returns zeros of the same shape and dtype; they take no memory until they are written to."""
-        return HostArray(np.zeros(self.shape, self.dtype))
+        return HostArray(np.zeros(self.values.shape, self.dtype), self._total, self._first)
+
+    def with_rows(self, values_RD: np.ndarray) -> "HostArray":
+        """Returns the same rows of another table of this shape."""
+        own = values_RD if self.whole else values_RD[self._first : self._first + len(self.values)].copy()
+        return HostArray(own, self._total, self._first)
 
     def look_up(self, address_BLH: jax.Array, mesh: AbstractMesh | None = None) -> jax.Array:
         """Returns what `table.look_up` does, fetched while the program runs; for evaluation and generation, it has no gradient.
 
-        On a mesh every device asks for the rows of its own tokens.
+        On a mesh every device asks for the rows of its own tokens. All rows must be here.
         """
+        assert self.whole, "a table of several processes is read through a working set"
         if mesh is not None:
             tokens = split_tokens(address_BLH.shape[0], address_BLH.shape[1], mesh).spec(None)
             return jax.shard_map(self.look_up, mesh=mesh, in_specs=tokens, out_specs=tokens, check_vma=False)(

@@ -11,10 +11,14 @@ lookup and update are those of tables on a device, to the bit. One thread writes
 So the rows of step t + 2 are those after step t; what step t + 1 changes of them is taken from its working set on the device
 (`forwarded`), before step t + 2 begins. Nothing is read that a step before has yet to write.
 
-On several devices of one process the working set is split over them by rows, so a row travels to one device and comes back from it,
-however many devices have tokens that read it.
+On several devices the working set is split over them by rows, so a row travels to one device and comes back from it, however many
+devices have tokens that read it. Of several processes each moves the rows that it keeps (`owners.py`), on the part of the mesh that its
+own devices are; what it makes there are its pieces of the working set. Places and program need the whole batch: a small program brings
+its ids to every process, run by the thread that runs the steps, because programs in which devices wait for each other must be begun in
+the same order everywhere. All find the same from the same ids.
 
-Legend: B batch, L length, H heads, U distinct rows of a batch, C rows of its working set (U and padding), R rows, D row width.
+Legend: B batch, L length, H heads, U distinct rows of a batch that this process keeps, S rows of its part of the working set (U and
+padding), R rows, D row width.
 """
 
 import collections
@@ -27,16 +31,23 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from sparse_lm.memory.hashing import Hash
 from sparse_lm.memory.host_array import HostArray, as_records
 from sparse_lm.memory.memory import Memory
+from sparse_lm.memory.owners import mesh_of_process, owners_of
 from sparse_lm.memory.placement import OnHost
-from sparse_lm.memory.working_set import Wanted, forwarded, places_in, shards_of_rows, wanted_rows, working_shardings
+from sparse_lm.memory.working_set import Wanted, forwarded, places_in, wanted_rows, working_shardings
+from sparse_lm.parallel import rules
 
 Tree = dict[str, Any]
+Batch = dict[str, jax.Array]
+
+READ = ("tokens_BL", "segments_BL", "positions_BL")
+"""Arrays of a batch that its addresses follow from."""
 
 THREADS = 8
 """Most threads that copy rows."""
@@ -46,14 +57,25 @@ PARTS = ("gather", "to_device", "step", "to_host", "scatter")
 """What the moving thread does for a step: rows into staging memory, their transfer begun; a step waited for, its rows back, into the table."""
 
 
+Coming = concurrent.futures.Future[Wanted]
+
+
 class Tables(Protocol):
     """What stands between the loop and the tables of its state."""
 
-    def find(self, batch: dict[str, np.ndarray]) -> Wanted:
-        """Returns the rows that a batch reads; may be called from any thread."""
+    def find(self, batch: dict[str, np.ndarray]) -> Wanted | None:
+        """Returns the rows that a batch reads, None if other processes have parts of it; may be called from any thread."""
 
-    def prefetch(self, wanted: Wanted) -> None:
-        """Asks for the rows of the next batch; batches are asked for in the order in which they are trained on."""
+    def prefetch(self, wanted: Wanted | None, batch: Batch) -> None:
+        """Asks for the rows of the next batch; batches are asked for in the order in which they are trained on.
+
+        Args:
+          wanted: what `find` returned.
+          batch: the batch on the devices.
+        """
+
+    def full(self) -> bool:
+        """Says whether the next step needs the full program, the same on every process; waits until its rows are found."""
 
     def lend(self, tables: Tree, program: Any) -> Tree:
         """Returns the tables that the next step is given, which `program` is about to take, and waits for them."""
@@ -63,6 +85,9 @@ class Tables(Protocol):
 
     def settle(self) -> None:
         """Waits until the state's tables are those after the last step and nothing travels."""
+
+    def reading(self, model_state: Tree, batch: dict[str, np.ndarray]) -> Tree:
+        """Returns a model state in which a whole batch that every process has can be looked up; after `settle`."""
 
     def read(self) -> dict[str, float]:
         """Returns what is to be logged since the last call."""
@@ -78,8 +103,12 @@ class DeviceTables:
         """See Tables.find."""
         return Wanted({}, {}, {}, False)
 
-    def prefetch(self, wanted: Wanted) -> None:
+    def prefetch(self, wanted: Wanted | None, batch: Batch) -> None:
         """See Tables.prefetch."""
+
+    def full(self) -> bool:
+        """See Tables.full."""
+        return False
 
     def lend(self, tables: Tree, program: Any) -> Tree:
         """See Tables.lend."""
@@ -91,6 +120,10 @@ class DeviceTables:
 
     def settle(self) -> None:
         """See Tables.settle."""
+
+    def reading(self, model_state: Tree, batch: dict[str, np.ndarray]) -> Tree:
+        """See Tables.reading."""
+        return model_state
 
     def read(self) -> dict[str, float]:
         """See Tables.read."""
@@ -107,23 +140,27 @@ class HostTables:
       memory: the component.
       hashes: of its tables.
       tables: the state's tables, whose rows and slots are `HostArray`s; they are changed in place.
-      mesh: where working sets go; of one process.
+      mesh: where working sets go.
     """
 
     def __init__(self, memory: Memory, hashes: dict[str, Hash], tables: Tree, mesh: Mesh):
         placement = memory.placement
         assert isinstance(placement, OnHost)
-        self._memory, self._hashes, self._mesh, self._ahead = memory, hashes, mesh, placement.ahead
-        by_part, self._shards = working_shardings(mesh), shards_of_rows(mesh)
-        self._shardings = by_part["places"], {part: by_part[part] for part in ("rows", "slots")}, by_part["rows"]
-        self._tables = tables
+        self._memory, self._hashes, self._tables, self._ahead = memory, hashes, tables, placement.ahead
+        self._mesh, self._here, self._owners = mesh, mesh_of_process(mesh), owners_of(mesh)
+        self._everywhere, self._by_rows = working_shardings(mesh), working_shardings(self._here)["rows"]
+        # One array, so one exchange.
+        self._gathered = jax.jit(
+            lambda batch: jnp.stack([batch[name] for name in READ]), out_shardings=rules.replicated(mesh)
+        )
         threads = min(THREADS, len(os.sched_getaffinity(0)))
         self._mover = concurrent.futures.ThreadPoolExecutor(1, "host tables")
+        self._finder = concurrent.futures.ThreadPoolExecutor(1, "addresses")
         self._hands = concurrent.futures.ThreadPoolExecutor(threads, "rows")
-        self._waiting: collections.deque[Wanted] = collections.deque()
-        self._fetches: collections.deque[tuple[Wanted, concurrent.futures.Future]] = collections.deque()
+        self._waiting: collections.deque[Coming] = collections.deque()
+        self._fetches: collections.deque[tuple[Coming, concurrent.futures.Future]] = collections.deque()
         self._asked, self._given = 0, 0
-        self._last_asked: Wanted | None = None
+        self._last_asked: Coming | None = None
         self._running: Wanted | None = None
         self._programs: list[Any] = []  # that have run
         self._alone = False
@@ -138,29 +175,44 @@ class HostTables:
         self._moved = {"steps": 0, "rows": 0, "bytes": 0}
         self._said: dict[str, float] = {**self._spent, **self._moved}
 
-    def find(self, batch: dict[str, np.ndarray]) -> Wanted:
+    def find(self, batch: dict[str, np.ndarray]) -> Wanted | None:
         """See Tables.find."""
-        return wanted_rows(self._memory, self._hashes, batch, self._hands, self._shards)
+        return None if self._mesh.is_multi_process else self._found(batch)
 
-    def prefetch(self, wanted: Wanted) -> None:
+    def _found(self, batch: dict[str, np.ndarray]) -> Wanted:
+        return wanted_rows(self._memory, self._hashes, batch, self._hands, self._owners)
+
+    def prefetch(self, wanted: Wanted | None, batch: Batch) -> None:
         """See Tables.prefetch."""
-        self._waiting.append(wanted)
+        coming: Coming = concurrent.futures.Future()
+        if wanted is not None:
+            coming.set_result(wanted)
+        else:
+            ids = self._gathered({name: batch[name] for name in READ})
+            ids.copy_to_host_async()
+            coming = self._finder.submit(lambda: self._found(dict(zip(READ, np.asarray(ids)))))
+        self._waiting.append(coming)
         self._ask()
+
+    def full(self) -> bool:
+        """See Tables.full."""
+        return self._fetches[0][0].result().full
 
     def _ask(self) -> None:
         """Hands fetches to the thread, each as soon as the writes that it must see are handed over before it."""
         while self._waiting and self._asked <= self._given + self._ahead:
-            wanted = self._waiting.popleft()
-            future = self._mover.submit(self._fetch, wanted, self._last_asked, self._last_write)
-            self._fetches.append((wanted, future))
-            self._last_asked = wanted
+            coming = self._waiting.popleft()
+            future = self._mover.submit(self._fetch, coming, self._last_asked, self._last_write)
+            self._fetches.append((coming, future))
+            self._last_asked = coming
             self._asked += 1
 
     def lend(self, tables: Tree, program: Any) -> Tree:
         """See Tables.lend."""
-        self._running, future = self._fetches.popleft()
+        coming, future = self._fetches.popleft()
         with self._timed("wait"):
             places, fetched, source = future.result()
+        self._running = coming.result()
         self._alone = program not in self._programs
         if self._alone:
             # On a GPU the first run of a program loads cuDNN's kernels, which fails if rows travel meanwhile ("capturing stream has
@@ -169,16 +221,16 @@ class HostTables:
             self.settle()
             jax.block_until_ready((places, fetched, source))
         if self._written is not None:
-            fetched = forwarded(fetched, self._written, source, mesh=self._mesh)
+            fetched = forwarded(fetched, self._written, source, mesh=self._here)
         self._moved["steps"] += 1
         self._moved["rows"] += sum(map(len, self._running.unique.values()))
         self._moved["bytes"] += sum(leaf.nbytes for leaf in jax.tree.leaves(fetched))
-        return {"places": places, **fetched}
+        return {"places": places, **jax.tree.map(self._whole, fetched)}
 
     def give_back(self, tables: Tree) -> Tree:
         """See Tables.give_back."""
         assert self._running is not None
-        self._written = {part: tables[part] for part in ("rows", "slots")}
+        self._written = {part: jax.tree.map(self._part, tables[part]) for part in ("rows", "slots")}
         if self._alone:
             jax.block_until_ready(self._written)
         pieces = jax.tree.map(_pieces, self._written)
@@ -193,6 +245,17 @@ class HostTables:
         """See Tables.settle."""
         self._last_write.result()
         jax.block_until_ready([future.result() for _, future in self._fetches])
+        concurrent.futures.wait(self._waiting)
+
+    def reading(self, model_state: Tree, batch: dict[str, np.ndarray]) -> Tree:
+        """See Tables.reading: tables of one process are looked up as they are, of several a batch reads its working set."""
+        if not self._mesh.is_multi_process:
+            return model_state
+        wanted, rows = self._found(batch), {}
+        for name, held in self._tables["rows"].items():
+            out = np.zeros((wanted.sizes[name], *held.shape[1:]), held.dtype)
+            rows[name] = self._whole(jax.device_put(self._take(wanted.unique[name], held, out), self._by_rows))
+        return {**model_state, "tables": {"places": wanted.places, "rows": rows}}
 
     def read(self) -> dict[str, float]:
         """See Tables.read: means over the steps handed over since the last call; bytes go to the device and as many come back."""
@@ -216,12 +279,29 @@ class HostTables:
 
     def close(self) -> None:
         """See Tables.close."""
+        self._finder.shutdown()
         self._mover.shutdown()
         self._hands.shutdown()
 
-    def _fetch(self, wanted: Wanted, before: Wanted | None, last_write: concurrent.futures.Future) -> tuple[Any, ...]:
-        """Returns (places, rows and slots, where the step before holds them), on the device."""
+    def _whole(self, part_SD: jax.Array) -> jax.Array:
+        """Returns the working set of which this process's devices have a part [S, ...]."""
+        return self._over(part_SD, self._everywhere["rows"], len(part_SD) * self._owners.count)
+
+    def _part(self, whole_CD: jax.Array) -> jax.Array:
+        """Returns what this process's devices have of a working set, [S, ...]."""
+        return self._over(whole_CD, self._by_rows, len(whole_CD) // self._owners.count)
+
+    def _over(self, leaf: jax.Array, sharding: NamedSharding, rows: int) -> jax.Array:
+        """Returns the array of so many rows whose pieces here are those of another; nothing is copied."""
+        if not self._mesh.is_multi_process:
+            return leaf
+        pieces = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays((rows, *leaf.shape[1:]), sharding, pieces)
+
+    def _fetch(self, coming: Coming, asked: Coming | None, last_write: concurrent.futures.Future) -> tuple[Any, ...]:
+        """Returns (places, rows and slots, where the step before holds them), on the devices; rows and slots of this process."""
         last_write.result()  # raises here what failed there
+        wanted, before = coming.result(), None if asked is None else asked.result()
         self._fetched += 1
         with self._timed("gather"):
             fetched = {
@@ -239,7 +319,14 @@ class HostTables:
         with self._timed("to_device"):
             # Not waited for: a transfer may begin only when the device has done what was enqueued before, and the step that reads these
             # rows can be enqueued meanwhile.
-            return jax.device_put((wanted.places, fetched, source), self._shardings)
+            return self._places(wanted.places), *jax.device_put((fetched, source), self._by_rows)
+
+    def _places(self, places: dict[str, np.ndarray]) -> Batch:
+        """Returns places on the devices, split as the tokens."""
+        if not self._mesh.is_multi_process:
+            return jax.device_put(places, self._everywhere["places"])
+        put = jax.make_array_from_callback
+        return {n: put(p.shape, self._everywhere["places"], lambda index, p=p: p[index]) for n, p in places.items()}
 
     def _write(self, wanted: Wanted, pieces: Tree, last_write: concurrent.futures.Future) -> None:
         """Puts the rows and slots of a step, in pieces as `_pieces` returns them, into host memory."""
@@ -266,14 +353,18 @@ class HostTables:
         out = self._staging.get(place)
         if out is None or self._on_cpu:
             out = self._staging[place] = np.zeros((size, *held.shape[1:]), held.dtype)
-        records_R, records_U = held.records(), as_records(out)[: len(unique_U)]
-        out[len(unique_U) :] = 0
+        return self._take(unique_U, held, out)
+
+    def _take(self, unique_U: np.ndarray, held: HostArray, out_SD: np.ndarray) -> np.ndarray:
+        """Copies rows into an array, zeros after them, and returns it."""
+        records_R, records_U = held.records(), as_records(out_SD)[: len(unique_U)]
+        out_SD[len(unique_U) :] = 0
 
         def copy(part: slice) -> None:
             np.take(records_R, unique_U[part], out=records_U[part], mode="clip")
 
         self._share(copy, len(unique_U))
-        return out
+        return out_SD
 
     def _scatter(self, unique_U: np.ndarray, held: HostArray, pieces: list[np.ndarray]) -> None:
         records_R, start = held.records(), 0
@@ -296,9 +387,9 @@ def _is_host(leaf: Any) -> bool:
     return isinstance(leaf, HostArray)
 
 
-def _pieces(leaf_CD: jax.Array) -> list[jax.Array]:
-    """Returns the rows of a working set as the devices hold them, in order; of copies the first."""
-    shards = [shard for shard in leaf_CD.addressable_shards if shard.replica_id == 0]
+def _pieces(leaf_SD: jax.Array) -> list[jax.Array]:
+    """Returns the rows of a working set as this process's devices hold them, in order; of copies the first."""
+    shards = [shard for shard in leaf_SD.addressable_shards if shard.replica_id == 0]
     return [shard.data for shard in sorted(shards, key=lambda shard: shard.index[0].start or 0)]
 
 

@@ -16,6 +16,7 @@ from sparse_lm.config import Config
 from sparse_lm.memory.compression import TokenClasses
 from sparse_lm.memory.hashing import Hash
 from sparse_lm.memory.host_array import HostArray
+from sparse_lm.memory.owners import Owners, alone
 from sparse_lm.memory.placement import OnDevice, Placement
 from sparse_lm.memory.sharded import look_up_sharded, row_axes, update_sharded
 from sparse_lm.memory.table import TableSpec, look_up, update
@@ -138,18 +139,21 @@ def initial_tables(memory: Memory, hashes: dict[str, Hash], key: jax.Array) -> T
     }
 
 
-def host_rows(memory: Memory, key: jax.Array) -> Tree:
-    """Returns rows and slots of `initial_tables` in host memory: {"rows": {table: HostArray}, "slots"}; the same numbers."""
-    rows: Tree = {}
+def host_rows(memory: Memory, key: jax.Array, owners: Owners | None = None) -> Tree:
+    """Returns rows and slots of `initial_tables` in host memory: {"rows": {table: HostArray}, "slots"}; the same numbers.
+
+    Of several owners, those that this process keeps; initial values that are drawn are drawn whole for a moment.
+    """
+    owners, rows = owners or alone(), {}
     for i, (name, spec) in enumerate(memory.tables().items()):
         if spec.deviation:
             with jax.default_device(jax.local_devices(backend="cpu")[0]):
                 drawn = jax.jit(lambda key, spec=spec: spec.create(key)[0])(jax.random.fold_in(key, i))
-            rows[name] = HostArray(np.array(drawn))
+            rows[name] = owners.keep(np.array(drawn)[owners.rows(spec.rows)].copy(), spec.rows)
         else:
-            rows[name] = HostArray(np.zeros((spec.rows, spec.stored[0]), spec.stored[1]))
+            rows[name] = owners.zeros((spec.rows, spec.stored[0]), spec.stored[1])
     slots = {
-        name: {slot: HostArray(np.zeros((spec.rows, *s.shape), s.dtype)) for slot, s in found.items()}
+        name: {slot: owners.zeros((spec.rows, *s.shape), s.dtype) for slot, s in found.items()}
         for name, spec in memory.tables().items()
         if (found := spec.optimizer.slots(spec.width))
     }

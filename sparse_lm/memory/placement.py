@@ -31,7 +31,10 @@ class OnHost(Placement):
     """
 
     room: float = 0.75
-    """Distinct rows of a batch that there is room for, as a share of its addresses; more costs transfer, never a wrong row."""
+    """Distinct rows of a batch that there is room for, as a share of its addresses; more costs transfer, never a wrong row.
+
+    Of several processes each has its part of the room, for the rows that it keeps.
+    """
 
     def check(self) -> None:
         """See Config.check."""
@@ -47,13 +50,18 @@ class OnHost(Placement):
         """Steps whose updates may be on their way when rows are fetched: the one before the reading step, whose rows are forwarded."""
         return 1
 
-    def size(self, spec: TableSpec, addresses: int, full: bool, shards: int) -> int:
-        """Returns the rows that a step on so many addresses holds of a table, in the program with `room` or the full one.
+    def size(self, spec: TableSpec, addresses: int, full: bool, pieces: int, owners: int = 1) -> int:
+        """Returns the rows that a step on so many addresses holds of a table at each owner, in the program with `room` or the full one.
 
-        They are split over `shards` devices, which must divide them.
+        Args:
+          spec: the table.
+          addresses: of the batch, of all processes together.
+          full: whether it is the full program, in which all addresses may be one owner's.
+          pieces: devices that an owner's rows are split over, which must divide them.
+          owners: processes that keep rows of their own (`owners.py`).
         """
-        rows = min(spec.rows, addresses if full else math.ceil(self.room * addresses))
-        return -(-rows // shards) * shards
+        rows = min(spec.rows // owners, addresses if full else math.ceil(self.room * addresses / owners))
+        return -(-rows // pieces) * pieces
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

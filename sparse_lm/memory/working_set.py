@@ -3,9 +3,11 @@
 Rows are in ascending order and every address becomes a place among them, so lookup and update on a working set are those on the
 table itself, sums in the same order included. Its size is fixed, because programs are compiled for it (`placement.OnHost.size`).
 On several devices its rows are split over them as those of a table on devices are, so each row travels to one device, which alone
-updates it, and `sharded.py` brings rows to the tokens and gradients back.
+updates it, and `sharded.py` brings rows to the tokens and gradients back. Of several processes each fills the pieces of its own devices
+with the rows that it keeps (`owners.py`); all know the whole batch, so they find the same places.
 
-Legend: B batch, L length, H heads, A addresses, U distinct rows of a batch, C rows of its working set (U and padding), D row width.
+Legend: B batch, L length, H heads, A addresses, U distinct rows of a batch, O owners, S rows that each has in a working set (distinct ones
+and padding), C = O * S, D row width.
 """
 
 import concurrent.futures
@@ -21,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from sparse_lm.memory.hashing import Hash
 from sparse_lm.memory.memory import Memory
+from sparse_lm.memory.owners import Owners, alone, axes_of_rows
 from sparse_lm.memory.placement import OnHost
 from sparse_lm.parallel import rules
 
@@ -31,9 +34,9 @@ class Wanted(NamedTuple):
     """The rows that a batch reads.
 
     Attributes:
-      unique: {table: int32 [U]}, distinct rows, ascending.
-      places: {table: int32 [B, L, H]}, where each address is among them; C is no row.
-      sizes: {table: C}.
+      unique: {table: int32 [U]}, distinct rows of which this process keeps, ascending, counted from the first that it keeps.
+      places: {table: int32 [B, L, H]}, where each address is in the working set; C is no row.
+      sizes: {table: S}.
       full: whether the batch needs the full program.
     """
 
@@ -43,23 +46,15 @@ class Wanted(NamedTuple):
     full: bool
 
 
-def axes_of_rows(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """Returns the mesh axes that the rows of a working set are split over."""
-    return tuple(axis for axis in rules.axes_of("rows") if mesh.shape[axis] > 1)
-
-
-def shards_of_rows(mesh: Mesh | AbstractMesh) -> int:
-    """Returns the number of pieces of a working set."""
-    return math.prod(mesh.shape[axis] for axis in axes_of_rows(mesh))
-
-
 def working_shardings(mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
     """Returns the sharding of each part of a working set: places as the tokens, rows and slots by rows."""
     by_rows = NamedSharding(mesh, P(axes_of_rows(mesh)))
     return {"places": rules.batch_sharding(mesh), "rows": by_rows, "slots": by_rows}
 
 
-def working_set(memory: Memory, tables: Tree, batch: int, length: int, full: bool, shards: int = 1) -> Tree:
+def working_set(
+    memory: Memory, tables: Tree, batch: int, length: int, full: bool, owners: Owners | None = None
+) -> Tree:
     """Returns the abstract working set of a batch [B, L].
 
     Args:
@@ -68,12 +63,16 @@ def working_set(memory: Memory, tables: Tree, batch: int, length: int, full: boo
       batch: B.
       length: L.
       full: with as many rows as addresses (but for those that a table has not).
-      shards: pieces that rows are split into.
+      owners: of the rows; None: one, of a single piece.
     """
     placement = memory.placement
     assert isinstance(placement, OnHost)
-    specs = memory.tables()
-    size = {n: placement.size(spec, batch * length * len(spec.primes), full, shards) for n, spec in specs.items()}
+    owners, specs = owners or alone(), memory.tables()
+    split = owners.pieces_OM.shape[1], owners.count
+    size = {
+        n: owners.count * placement.size(spec, batch * length * len(spec.primes), full, *split)
+        for n, spec in specs.items()
+    }
 
     def smaller(tree: Any, name: str) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size[name], *leaf.shape[1:]), leaf.dtype), tree)
@@ -88,27 +87,41 @@ def wanted_rows(
     hashes: dict[str, Hash],
     batch: dict[str, np.ndarray],
     threads: concurrent.futures.ThreadPoolExecutor | None = None,
-    shards: int = 1,
+    owners: Owners | None = None,
 ) -> Wanted:
     """Returns the rows that a batch reads, from its arrays "tokens_BL", "segments_BL" and "positions_BL" in numpy.
 
     Args:
       memory: the component, with its tables on the host.
       hashes: of its tables.
-      batch: the arrays.
+      batch: the arrays; of all processes together.
       threads: share the work.
-      shards: pieces that the rows of a working set are split into.
+      owners: of the rows; None: one, of a single piece.
     """
     placement = memory.placement
     assert isinstance(placement, OnHost)
+    owners = owners or alone()
+    split = owners.pieces_OM.shape[1], owners.count
     arrays = batch["tokens_BL"], batch["segments_BL"], batch["positions_BL"]
     specs, address = memory.tables(), memory.addresses_on_host(hashes, *arrays, threads=threads)
     found = {name: distinct(address[name], spec.rows, threads) for name, spec in specs.items()}
-    full = any(len(found[n][0]) > placement.size(spec, address[n].size, False, shards) for n, spec in specs.items())
-    sizes = {n: placement.size(spec, address[n].size, full, shards) for n, spec in specs.items()}
-    for name, (_, places) in found.items():
-        np.copyto(places, sizes[name], where=places < 0)
-    return Wanted({n: unique for n, (unique, _) in found.items()}, {n: p for n, (_, p) in found.items()}, sizes, full)
+    starts = {name: owners.starts(unique, specs[name].rows) for name, (unique, _) in found.items()}
+
+    def sizes(full: bool) -> dict[str, int]:
+        return {name: placement.size(spec, address[name].size, full, *split) for name, spec in specs.items()}
+
+    # Every process looks at the rows of all, so all choose the same program.
+    full = any(np.diff(starts[name]).max() > size for name, size in sizes(False).items())
+    size, own, places = sizes(full), {}, {}
+    for name, (unique_U, place_BLH) in found.items():
+        if owners.count == 1:
+            np.copyto(place_BLH, size[name], where=place_BLH < 0)
+            own[name], places[name] = unique_U, place_BLH
+            continue
+        begin, end = starts[name][owners.own : owners.own + 2]
+        own[name] = unique_U[begin:end] - owners.rows(specs[name].rows).start
+        places[name] = owners.places(starts[name], size[name])[place_BLH]  # -1 takes the last entry, which is no row
+    return Wanted(own, places, size, full)
 
 
 def distinct(

@@ -19,6 +19,7 @@ from sparse_lm.layers.parametrization import HasUpdateKind, initial_scales, lear
 from sparse_lm.memory.compression import TokenClasses, Tokens, compressed
 from sparse_lm.memory.hashing import Hash
 from sparse_lm.memory.memory import fetch, host_rows, initial_tables, table_dims, update_tables
+from sparse_lm.memory.owners import Owners
 from sparse_lm.model import loss
 from sparse_lm.model.cudnn_attention import documents_bucket
 from sparse_lm.model.transformer import MEMORY, Model, Transformer
@@ -106,9 +107,9 @@ class Definition:
         """Returns the memory's tables with their hashes and optimizer slots; {} without memory."""
         return initial_tables(self.config.memory, self.hashes(), key)
 
-    def host_rows(self, key: jax.Array) -> Tree:
-        """Returns the rows and slots of `initial_tables` in host memory."""
-        return host_rows(self.config.memory, key)
+    def host_rows(self, key: jax.Array, owners: Owners) -> Tree:
+        """Returns the rows and slots of `initial_tables` in host memory, those that this process keeps."""
+        return host_rows(self.config.memory, key, owners)
 
     def hashes(self) -> dict[str, Hash]:
         """Returns the hash of every table of the memory, derived anew."""

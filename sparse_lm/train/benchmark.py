@@ -57,6 +57,8 @@ def time_calls(function: Callable[[], Any], *, warmup: int = 2, repeats: int = 1
 class RepeatedStep:
     """The compiled step of a session on a few batches in turn, again and again; rows of tables in host memory travel as in a run.
 
+    For one process.
+
     Args:
       session: the recipe on its devices.
       batches: in numpy.
@@ -72,21 +74,20 @@ class RepeatedStep:
         self.tables = session.tables(self.state)
         placed = [(self.tables.find(batch), session.put(batch)) for batch in batches]
         most = max(int(batch["segments_BL"].max()) for batch in batches)
-        programs = {full: session.compile_step(most, full=full) for full in {wanted.full for wanted, _ in placed}}
+        fulls = {wanted.full for wanted, _ in placed if wanted is not None}
+        programs = {full: session.compile_step(most, full=full) for full in fulls}
         self._programs = {full: program for full, (program, _) in programs.items()}
         self.compile_s = sum(seconds for _, seconds in programs.values())
-        self._coming, self._batches = itertools.cycle(wanted for wanted, _ in placed), itertools.cycle(placed)
+        self._coming, self._batches = itertools.cycle(placed), itertools.cycle(batch for _, batch in placed)
         for _ in range(2):
-            self.tables.prefetch(next(self._coming))
+            self.tables.prefetch(*next(self._coming))
 
     def __call__(self) -> dict[str, Any]:
         """Enqueues a step and returns its metrics."""
-        self.tables.prefetch(next(self._coming))
-        wanted, batch = next(self._batches)
-        program = self._programs[wanted.full]
-        state, metrics = program(
-            dataclasses.replace(self.state, tables=self.tables.lend(self.state.tables, program)), batch
-        )
+        self.tables.prefetch(*next(self._coming))
+        program = self._programs[self.tables.full()]
+        lent = dataclasses.replace(self.state, tables=self.tables.lend(self.state.tables, program))
+        state, metrics = program(lent, next(self._batches))
         self.state = dataclasses.replace(state, tables=self.tables.give_back(state.tables))
         return metrics
 

@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint import options as orbax_options
 
@@ -28,9 +29,10 @@ from sparse_lm.config import Config
 from sparse_lm.layers.parameter import RUN_KEY, map_leaves
 from sparse_lm.layers.tree_paths import prune
 from sparse_lm.memory.host_array import HostArray
+from sparse_lm.memory.owners import Owners, mesh_of_memories
 from sparse_lm.parallel.rules import spec_of
 from sparse_lm.train import checkpoint_files
-from sparse_lm.train.checkpoint_arrays import Leaf, read_leaves
+from sparse_lm.train.checkpoint_arrays import Leaf, aligned, read_leaves
 from sparse_lm.train.state import TrainState, unrolled
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax warns of each save, and prints what it also raises.
@@ -102,7 +104,7 @@ class Checkpointer:
       like: abstract state in the layout in memory.
       dims: logical dims of every leaf, in the same layout.
       mesh: where restored arrays go.
-      on_host: whether rows and slots of tables are in host memory.
+      owners: who keeps rows and slots of tables in host memory; None: they are on devices.
       population: whether every leaf has a leading members dimension.
     """
 
@@ -115,7 +117,7 @@ class Checkpointer:
         mesh: Mesh,
         *,
         population: bool,
-        on_host: bool = False,
+        owners: Owners | None = None,
     ):
         policies: list[Any] = [checkpoint_managers.LatestN(config.keep_last)]
         if config.keep_every:
@@ -137,7 +139,8 @@ class Checkpointer:
             multiprocessing_options=everybody,
         )
         self._directory, self._like, self._mesh = directory, like, mesh
-        self._axis, self._on_host = 1 if population else 0, on_host
+        self._axis, self._owners = 1 if population else 0, owners
+        self._memories = None if owners is None else mesh_of_memories(owners)
         self._dims = without_layers({field.name: getattr(dims, field.name) for field in dataclasses.fields(dims)})
         self._abstract = self._abstract_on_disk()
         handlers = _handlers(everybody)
@@ -150,12 +153,12 @@ class Checkpointer:
         self._pending: tuple[int, concurrent.futures.Future] | None = None
 
     def _on_devices(self, state: TrainState) -> TrainState:
-        if not self._on_host:
+        if self._owners is None:
             return state
         return dataclasses.replace(state, tables={"address": state.tables["address"]})
 
     def _devices_part(self, tree: dict[str, Any]) -> dict[str, Any]:
-        return {**tree, "tables": {"address": tree["tables"]["address"]}} if self._on_host else tree
+        return tree if self._owners is None else {**tree, "tables": {"address": tree["tables"]["address"]}}
 
     def prepare(self, state: TrainState) -> None:
         """Compiles the copy of a state that a save begins with, so that the first save does not hold up the steps for it."""
@@ -205,9 +208,9 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         copies = [self._copy(self._on_devices(state))]
-        if self._on_host:
+        if self._owners is not None:
             held = {name: state.tables[name] for name in HOST_PARTS}
-            copies[0]["tables"].update(map_leaves(lambda _, leaf: leaf.values.copy(), held))
+            copies[0]["tables"].update(map_leaves(lambda _, leaf: self._copy_held(leaf), held))
 
         def write() -> None:
             items = ocp.args.Composite(
@@ -222,11 +225,21 @@ class Checkpointer:
 
         self._pending = step, self._thread.submit(write)
 
+    def _copy_held(self, held: HostArray) -> np.ndarray | jax.Array:
+        """Returns a copy of rows in host memory; of several processes, the array of them all."""
+        if self._memories is None:
+            return held.values.copy()
+        copy = aligned(held.values.shape, held.dtype)
+        np.copyto(copy, held.values)
+        sharding = NamedSharding(self._memories, P("owner"))
+        (device,) = sharding.addressable_devices
+        return jax.make_array_from_single_device_arrays(held.shape, sharding, [jax.device_put(copy, device)])
+
     def _abstract_on_disk(self) -> dict[str, Any]:
         shapes = jax.eval_shape(lambda state: unrolled(state, self._axis), self._like)
 
         def leaf(path: str, dims: tuple[str, ...], shape: Any) -> jax.ShapeDtypeStruct:
-            if self._on_host and path.startswith(HOST_PATHS):
+            if self._owners is not None and path.startswith(HOST_PATHS):
                 return jax.ShapeDtypeStruct(shape.shape, shape.dtype)
             return jax.ShapeDtypeStruct(
                 shape.shape, shape.dtype, sharding=NamedSharding(self._mesh, spec_of(dims, shape.shape, self._mesh))
@@ -246,7 +259,7 @@ class Checkpointer:
             raise CheckpointError(
                 f"checkpoint {step} in {self._directory} does not fit this recipe:\n" + "\n".join(problems)
             )
-        leaves = _leaves(self._like, shardings, self._axis)
+        leaves = _leaves(self._like, shardings, self._axis, self._owners)
         try:
             state = _read(self._directory, step, leaves)
             data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
@@ -255,8 +268,11 @@ class Checkpointer:
         except Exception as error:
             message = f"checkpoint {step} in {self._directory} cannot be read: {error}"
             raise DamagedCheckpoint(message) from error
-        held = jax.tree.map(lambda leaf: HostArray(leaf) if isinstance(leaf, np.ndarray) else leaf, state)
-        return TrainState(**held), data
+        if (owners := self._owners) is not None:
+            for part in HOST_PARTS:
+                read, like = state["tables"][part], self._like.tables[part]
+                state["tables"][part] = map_leaves(lambda _, leaf, like: owners.keep(leaf, like.shape[0]), read, like)
+        return TrainState(**state), data
 
     def close(self) -> None:
         """Waits for the last save and closes."""
@@ -268,12 +284,16 @@ class Checkpointer:
                 self._manager.close()
 
 
-def _leaves(like: TrainState, shardings: TrainState, axis: int) -> dict[str, Any]:
-    """Returns which arrays on disk become which leaf: nested dicts like the state, with a Leaf for each array."""
+def _leaves(like: TrainState, shardings: TrainState, axis: int, owners: Owners | None) -> dict[str, Any]:
+    """Returns which arrays on disk become which leaf: nested dicts like the state, with a Leaf for each array.
+
+    What has no sharding is rows, of which this process reads those that it keeps.
+    """
 
     def walk(like: Any, shardings: Any, names: tuple[str, ...], stacked: int | None) -> Any:
         if not isinstance(like, dict):
-            return Leaf(names, stacked, like.shape, like.dtype, shardings)
+            rows = owners.rows(like.shape[0]) if owners is not None and shardings is None else None
+            return Leaf(names, stacked, like.shape, like.dtype, shardings, rows)
         out: dict[str, Any] = {}
         for key, inner in like.items():
             below = None if shardings is None else shardings.get(key)

@@ -31,6 +31,7 @@ class Leaf(NamedTuple):
       shape: shape in memory, the stacked axis included.
       dtype: dtype in memory; another one on disk is converted.
       sharding: where it goes; None: a numpy array in host memory.
+      rows: which rows that numpy array has; None: all.
     """
 
     names: tuple[str, ...]
@@ -38,11 +39,13 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     sharding: jax.sharding.Sharding | None
+    rows: slice | None = None
 
     def parts(self) -> dict[tuple[tuple[int, int], ...], list[jax.Device | None]]:
         """Returns {(start, stop) of each dimension: the devices of this process that hold this part}."""
         if self.sharding is None:
-            return {tuple((0, size) for size in self.shape): [None]}
+            whole = tuple((0, size) for size in self.shape)
+            return {whole if self.rows is None else ((self.rows.start, self.rows.stop), *whole[1:]): [None]}
         found: dict[tuple[tuple[int, int], ...], list[jax.Device | None]] = {}
         for device, index in self.sharding.addressable_devices_indices_map(self.shape).items():
             bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), self.shape, strict=True))
@@ -97,7 +100,7 @@ def _begin(leaf: Leaf, stores: list[Any], size: int) -> _Reading:
     buffers: list[tuple[np.ndarray, list[jax.Device | None]]] = []
     writes: list[Any] = []
     for bounds, devices in leaf.parts().items():
-        buffer = _aligned(tuple(stop - start for start, stop in bounds), leaf.dtype)
+        buffer = aligned(tuple(stop - start for start, stop in bounds), leaf.dtype)
         buffers.append((buffer, devices))
         for number, store in enumerate(stores):
             inside: tuple[Any, ...] = (...,)
@@ -116,7 +119,7 @@ def _begin(leaf: Leaf, stores: list[Any], size: int) -> _Reading:
     return _Reading(leaf, buffers, writes, size)
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Returns an array that a CPU device need not copy; its values are whatever memory holds."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)

@@ -252,7 +252,7 @@ def initialize(fresh: TrainState, source: Tree, transforms: Sequence[Transform],
 
     def like(new: Any, old: Any) -> Any:
         if isinstance(old, HostArray):
-            return HostArray(np.asarray(new, old.dtype))
+            return old.with_rows(np.asarray(new, old.dtype))
         return jnp.asarray(new, old.dtype)
 
     return jax.tree.map(like, rolled(merged, fresh), fresh)

@@ -170,8 +170,8 @@ class Run:
         total = recipe.train.steps
         # The vote that rides behind a step carries the documents of the batch two steps later, so two batches are known ahead.
         ahead = collections.deque([prefetch.next(), prefetch.next()] if first < total else [])
-        for _, wanted, _, _ in ahead:
-            self.tables.prefetch(wanted)
+        for batch, wanted, _, _ in ahead:
+            self.tables.prefetch(wanted, batch)
         if ahead:
             most = max(documents for _, _, documents, _ in ahead)
             vote = self.ballot.read(self.ballot.cast(False, most, np.zeros(())))
@@ -182,9 +182,9 @@ class Run:
                 self.cluster.progress(f"waiting for the batch of step {step + 1}")
                 with meter.waiting():
                     ahead.append(prefetch.next())
-                    self.tables.prefetch(ahead[-1][1])
-                batch, wanted, _, data_state = ahead.popleft()
-                program = programs(self.documents.popleft(), session.sparsifier.apart(step), wanted.full)
+                    self.tables.prefetch(ahead[-1][1], ahead[-1][0])
+                batch, _, _, data_state = ahead.popleft()
+                program = programs(self.documents.popleft(), session.sparsifier.apart(step), self.tables.full())
                 lent = dataclasses.replace(state, tables=self.tables.lend(state.tables, program))
                 state, metrics = program(lent, batch)
                 state = dataclasses.replace(state, tables=self.tables.give_back(state.tables))
@@ -204,7 +204,8 @@ class Run:
                 if due and self.probe is not None:
                     with meter.paused():
                         self.tables.settle()
-                        self.churn = self.probe(done, self._weights(state), state.inference_state())
+                        held = self.tables.reading(state.inference_state(), self.probe.batch)
+                        self.churn = self.probe(done, self._weights(state), held)
                 if due:
                     self.pictures(done, state.sparsity)
                 if stop or (due and done < total):
@@ -375,9 +376,11 @@ class Run:
         self.cluster.progress(f"validating after step {done}")
         self.tables.settle()
         params, recipe = self._weights(state, averaged=True), self.recipe
-        numbers = validation_row(
-            self.eval_step, params, state.inference_state(), self.dataset, recipe.data, recipe.validation
-        )
+
+        def losses(params: Any, model_state: Any, batch: Any) -> jax.Array:
+            return self.eval_step(params, self.tables.reading(model_state, batch), batch)
+
+        numbers = validation_row(losses, params, state.inference_state(), self.dataset, recipe.data, recipe.validation)
         totals = {"tokens": meter.tokens, "seconds": meter.seconds, "flops": meter.flops / (self.session.members or 1)}
         row = {"kind": "validation", "step": done, **totals, **numbers}
         self.validation_loss = float(np.mean(numbers["loss"]))

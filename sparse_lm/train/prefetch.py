@@ -14,14 +14,14 @@ class Prefetch:
     Args:
       stream: yields (batch, data state after it).
       put: places a batch on the devices.
-      find: says which rows of tables it reads.
+      find: says which rows of tables it reads, None where that takes the parts of other processes.
     """
 
     def __init__(
         self,
         stream: Iterator[tuple[Any, dict[str, Any]]],
         put: Callable[[Any], Any],
-        find: Callable[[Any], Wanted],
+        find: Callable[[Any], Wanted | None],
     ):
         self._queue: queue.Queue = queue.Queue(2)
         self._stop = threading.Event()
@@ -46,8 +46,8 @@ class Prefetch:
             except queue.Full:
                 continue
 
-    def next(self) -> tuple[Any, Wanted, int, dict[str, Any]]:
-        """Returns (batch on the devices, the rows that it reads, most documents in one of its rows, the data state after it)."""
+    def next(self) -> tuple[Any, Wanted | None, int, dict[str, Any]]:
+        """Returns (batch on the devices, the rows that it reads if found, most documents in one of its rows, the data state after it)."""
         batch, wanted, documents, state, error = self._queue.get()
         if error is not None:
             raise error

@@ -18,8 +18,9 @@ from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.memory.compression import Tokens
 from sparse_lm.memory.host_tables import Tables, tables_of
+from sparse_lm.memory.owners import Owners, owners_of
 from sparse_lm.memory.table import hash_differences
-from sparse_lm.memory.working_set import shards_of_rows, working_set, working_shardings
+from sparse_lm.memory.working_set import working_set, working_shardings
 from sparse_lm.model.definition import Definition, define, for_documents, with_classes
 from sparse_lm.parallel import rules
 from sparse_lm.recipe import Recipe, checkpoints_of_run
@@ -86,6 +87,11 @@ class Session:
 
         return {name: place(batch[name]) for name in MODEL_ARRAYS}
 
+    @property
+    def owners(self) -> Owners | None:
+        """Who keeps which rows of tables in host memory; None where tables are on devices."""
+        return owners_of(self.mesh) if self.recipe.model.memory.placement.on_host else None
+
     def tables(self, state: TrainState) -> Tables:
         """Returns what stands between the steps of a run and the tables of its state."""
         assert isinstance(self.mesh, Mesh)
@@ -109,7 +115,7 @@ class Session:
         memory, abstract, shardings = definition.config.memory, self.abstract, self.shardings
         shape = (recipe.data.batch_size, recipe.data.sequence_length)
         if memory.placement.on_host:
-            tables = working_set(memory, abstract.tables, *shape, full, shards_of_rows(self.mesh))
+            tables = working_set(memory, abstract.tables, *shape, full, self.owners)
             spread = {
                 part: jax.tree.map(lambda _, own=own: own, tables[part])
                 for part, own in working_shardings(self.mesh).items()
@@ -162,13 +168,14 @@ def check_division(recipe: Recipe, mesh: Mesh | AbstractMesh) -> None:
 
 
 def check_placement(recipe: Recipe, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ConfigError if tables in host memory would have to be read by several processes."""
-    placement = recipe.model.memory.placement
-    here = {device.process_index for device in mesh.devices.flat} if isinstance(mesh, Mesh) else {0}
-    processes = max(len(here), recipe.distributed.processes or 1)
-    if placement.on_host and processes > 1:
-        allowed = f"OnDevice in a run of several processes ({processes}): each would hold, and update, rows of its own"
-        raise ConfigError("model.memory.placement", type(placement).__name__, allowed)
+    """Raises ConfigError if the rows of tables in host memory cannot be shared out evenly among the run's processes."""
+    memory = recipe.model.memory
+    if not memory.placement.on_host:
+        return
+    processes = owners_of(mesh).count if isinstance(mesh, Mesh) else recipe.distributed.processes or 1
+    if uneven := [name for name, spec in memory.tables().items() if spec.rows % processes]:
+        allowed = f"OnDevice where the processes that keep rows ({processes}) do not divide those of table {uneven[0]}"
+        raise ConfigError("model.memory.placement", type(memory.placement).__name__, allowed)
 
 
 def open_session(
@@ -253,7 +260,7 @@ def open_session(
         made = jax.jit(over_members(around, population, (0, 0)), out_shardings=shardings, donate_argnums=0)
         state = made(params, run_keys)
         if on_host:
-            rows = definition.host_rows(jax.random.fold_in(run_keys, TABLES))
+            rows = definition.host_rows(jax.random.fold_in(run_keys, TABLES), owners_of(mesh))
             state = dataclasses.replace(state, tables={**state.tables, **rows})
         return state
 

@@ -91,7 +91,7 @@ def restored_or_new(
             session.dims,
             session.mesh,
             population=session.recipe.population.active,
-            on_host=session.recipe.model.memory.placement.on_host,
+            owners=session.owners,
         )
         if latest is None:
             return None, *starting_point(session), checkpointer

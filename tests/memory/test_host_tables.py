@@ -71,11 +71,12 @@ def on_host(chosen: NgramMemory, batches: list[Any] = BATCHES, delay: float = 0.
 
     mover._write = late
     wanted = [mover.find(batch) for batch in batches]
-    for found in wanted[:2]:
-        mover.prefetch(found)
+    for i in range(2)[: len(batches)]:
+        mover.prefetch(wanted[i], batches[i])
     for i, batch in enumerate(batches):
         if i + 2 < len(batches):
-            mover.prefetch(wanted[i + 2])
+            mover.prefetch(wanted[i + 2], batches[i + 2])
+        assert mover.full() == wanted[i].full
         assert mover.give_back(step(mover.lend(tables, step), batch, i + 1, i == BROKEN)) is tables
     mover.settle()
     row = mover.read()
@@ -177,11 +178,11 @@ def test_a_failed_write_is_raised() -> None:
     chosen = memory(RowSGD(), placement=OnHost())
     tables = host_rows(chosen, jax.random.key(3))
     mover = HostTables(chosen, chosen.hashes(tiny.VOCABULARY, None), tables, ONE)
-    mover.prefetch(mover.find(BATCHES[0]))
+    mover.prefetch(mover.find(BATCHES[0]), BATCHES[0])
     tables["rows"]["0"].values.flags.writeable = False
     held = mover.lend(tables, None)
     mover.give_back({part: held[part] for part in ("rows", "slots")})
-    mover.prefetch(mover.find(BATCHES[1]))
+    mover.prefetch(mover.find(BATCHES[1]), BATCHES[1])
     with pytest.raises(ValueError, match="read-only"):
         mover.lend(tables, None)
     mover.close()
@@ -202,11 +203,11 @@ def test_nothing_travels_while_a_program_runs_for_the_first_time() -> None:
 
     mover._fetch = slow
     wanted = [mover.find(batch) for batch in BATCHES]
-    for found in wanted[:2]:
-        mover.prefetch(found)
+    for i in range(2):
+        mover.prefetch(wanted[i], BATCHES[i])
     travels = []
     for i, program in enumerate(("plain", "plain", "plain", "full", "plain", "full")):
-        mover.prefetch(wanted[i + 2])
+        mover.prefetch(wanted[i + 2], BATCHES[i + 2])
         held = mover.lend(tables, program)
         travels.append(len(started) > len(ended))
         time.sleep(0.01)

@@ -72,13 +72,13 @@ def ten_steps(placement: Placement = DEVICE, **mesh: int) -> tuple[Session, Any,
     state, losses = placed(opened), []
     step, _ = opened.compile_step()
     tables = opened.tables(state)
-    wanted = [tables.find(batch) for batch in BATCHES]
-    assert not any(found.full for found in wanted)
+    wanted = [(tables.find(batch), batch) for batch in BATCHES]
+    assert not any(found.full for found, _ in wanted)
     for found in wanted[:2]:
-        tables.prefetch(found)
+        tables.prefetch(*found)
     for i, batch in enumerate(BATCHES):
         for found in wanted[i + 2 : i + 3]:
-            tables.prefetch(found)
+            tables.prefetch(*found)
         state, metrics = step(dataclasses.replace(state, tables=tables.lend(state.tables, step)), opened.put(batch))
         state = dataclasses.replace(state, tables=tables.give_back(state.tables))
         losses.append(float(np.asarray(metrics["pulse"])[PULSE.index("loss")]))
