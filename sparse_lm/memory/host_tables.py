@@ -28,13 +28,14 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from sparse_lm.memory.device_tables import Batch, DeviceTables, Tables
 from sparse_lm.memory.hashing import Hash
 from sparse_lm.memory.host_array import HostArray, as_records
 from sparse_lm.memory.memory import Memory
@@ -44,7 +45,7 @@ from sparse_lm.memory.working_set import Wanted, forwarded, places_in, wanted_ro
 from sparse_lm.parallel import rules
 
 Tree = dict[str, Any]
-Batch = dict[str, jax.Array]
+Coming = concurrent.futures.Future[Wanted]
 
 READ = ("tokens_BL", "segments_BL", "positions_BL")
 """Arrays of a batch that its addresses follow from."""
@@ -55,82 +56,6 @@ PIECE = 1 << 12
 """Rows that a thread copies at a time."""
 PARTS = ("gather", "to_device", "step", "to_host", "scatter")
 """What the moving thread does for a step: rows into staging memory, their transfer begun; a step waited for, its rows back, into the table."""
-
-
-Coming = concurrent.futures.Future[Wanted]
-
-
-class Tables(Protocol):
-    """What stands between the loop and the tables of its state."""
-
-    def find(self, batch: dict[str, np.ndarray]) -> Wanted | None:
-        """Returns the rows that a batch reads, None if other processes have parts of it; may be called from any thread."""
-
-    def prefetch(self, wanted: Wanted | None, batch: Batch) -> None:
-        """Asks for the rows of the next batch; batches are asked for in the order in which they are trained on.
-
-        Args:
-          wanted: what `find` returned.
-          batch: the batch on the devices.
-        """
-
-    def full(self) -> bool:
-        """Says whether the next step needs the full program, the same on every process; waits until its rows are found."""
-
-    def lend(self, tables: Tree, program: Any) -> Tree:
-        """Returns the tables that the next step is given, which `program` is about to take, and waits for them."""
-
-    def give_back(self, tables: Tree) -> Tree:
-        """Takes the tables that a step returned, which need not have run yet; returns those of the state."""
-
-    def settle(self) -> None:
-        """Waits until the state's tables are those after the last step and nothing travels."""
-
-    def reading(self, model_state: Tree, batch: dict[str, np.ndarray]) -> Tree:
-        """Returns a model state in which a whole batch that every process has can be looked up; after `settle`."""
-
-    def read(self) -> dict[str, float]:
-        """Returns what is to be logged since the last call."""
-
-    def close(self) -> None:
-        """Ends threads; the state's tables are those after the last step."""
-
-
-class DeviceTables:
-    """Tables on devices: they go into the step whole and nothing travels. See `Tables`."""
-
-    def find(self, batch: dict[str, np.ndarray]) -> Wanted:
-        """See Tables.find."""
-        return Wanted({}, {}, {}, False)
-
-    def prefetch(self, wanted: Wanted | None, batch: Batch) -> None:
-        """See Tables.prefetch."""
-
-    def full(self) -> bool:
-        """See Tables.full."""
-        return False
-
-    def lend(self, tables: Tree, program: Any) -> Tree:
-        """See Tables.lend."""
-        return tables
-
-    def give_back(self, tables: Tree) -> Tree:
-        """See Tables.give_back."""
-        return tables
-
-    def settle(self) -> None:
-        """See Tables.settle."""
-
-    def reading(self, model_state: Tree, batch: dict[str, np.ndarray]) -> Tree:
-        """See Tables.reading."""
-        return model_state
-
-    def read(self) -> dict[str, float]:
-        """See Tables.read."""
-        return {}
-
-    def close(self) -> None:
-        """See Tables.close."""
 
 
 class HostTables:
@@ -196,7 +121,8 @@ class HostTables:
 
     def full(self) -> bool:
         """See Tables.full."""
-        return self._fetches[0][0].result().full
+        with self._timed("wait"):
+            return self._fetches[0][0].result().full
 
     def _ask(self) -> None:
         """Hands fetches to the thread, each as soon as the writes that it must see are handed over before it."""

@@ -147,4 +147,4 @@ def mesh_of_memories(owners: Owners) -> Mesh | None:
     if owners.count == 1:
         return None
     first = {device.process_index: device for device in reversed(jax.devices("cpu"))}
-    return Mesh(np.vectorize(first.get, otypes=[object])(owners.processes_OK), ("owner", "copy"))
+    return Mesh(np.vectorize(first.__getitem__, otypes=[object])(owners.processes_OK), ("owner", "copy"))

@@ -20,8 +20,8 @@ from sparse_lm.accounting import Account, absent_operations, account, measured_i
 from sparse_lm.config import ConfigError, to_dict, validate
 from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.pipeline import prepare, stream_identity, train_stream
+from sparse_lm.memory.device_tables import DeviceTables, Tables
 from sparse_lm.memory.diagnostics import memory_row
-from sparse_lm.memory.host_tables import DeviceTables, Tables
 from sparse_lm.model.cudnn_attention import documents_bucket
 from sparse_lm.parallel.distributed import RESUMABLE, Cluster
 from sparse_lm.recipe import SCHEMA, Recipe

@@ -17,7 +17,8 @@ from jax.sharding import AbstractMesh, Mesh
 from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.memory.compression import Tokens
-from sparse_lm.memory.host_tables import Tables, tables_of
+from sparse_lm.memory.device_tables import Tables
+from sparse_lm.memory.host_tables import tables_of
 from sparse_lm.memory.owners import Owners, owners_of
 from sparse_lm.memory.table import hash_differences
 from sparse_lm.memory.working_set import working_set, working_shardings

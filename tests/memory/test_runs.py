@@ -138,12 +138,21 @@ def test_a_run_may_leave_its_rows_behind(runs: dict[str, pathlib.Path], folder: 
     assert starting_point(open_session(plain))[0].tables == {}
 
 
-def test_several_processes_are_refused(folder: pathlib.Path) -> None:
-    several = Distributed(coordinator="node:1", processes=2, process=0)
+def test_processes_that_do_not_divide_the_rows_are_refused(folder: pathlib.Path) -> None:
+    """2304 rows in all, which 3 processes share, 7 do not."""
+
+    def planned(processes: int) -> int:
+        several = Distributed(coordinator="node:1", processes=processes, process=0)
+        return make_plan(
+            recipe(folder, "host", distributed=several, mesh__data=1, mesh__tensor=-1), processes
+        ).host_bytes
+
+    assert planned(3) == planned(1) // 3
     with pytest.raises(
-        ConfigError, match=r"model\.memory\.placement = 'OnHost' .* OnDevice in a run of several processes \(2\)"
+        ConfigError,
+        match=r"model\.memory\.placement = 'OnHost' .* processes that keep rows \(7\) do not divide .* table 0",
     ):
-        make_plan(recipe(folder, "host", distributed=several), 2)
+        planned(7)
 
 
 def test_the_plan_says_where_bytes_live(folder: pathlib.Path) -> None:

@@ -1,24 +1,29 @@
 """Tables in host memory over real processes: each keeps its rows, and the run is that with tables on the devices, to the bit."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tiny
-from processes import STEPS, Child, pair, run_all
+from processes import Child, pair, run_all
 
 from sparse_lm.evaluate.load import open_run
 from sparse_lm.memory.engram import Engram
 from sparse_lm.memory.placement import OnDevice, OnHost, Placement, StaleHost
 from sparse_lm.memory.row_optimizer import RowAdagrad
-from sparse_lm.train.checkpoint import read_checkpoint
+from sparse_lm.train.checkpoint import Checkpointer, Checkpoints, read_checkpoint
+from sparse_lm.train.session import open_session
+from sparse_lm.train.validation import build_eval_step, validation_row
 
 pytestmark = pytest.mark.faults
 
-HOST = OnHost(room=0.5)
+HOST = OnHost(room=0.3)
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +35,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def changes(placement: Placement, **more: Any) -> dict[str, Any]:
     memory = Engram(at=(0,), heads=2, width=8, rows=500, deviation=0.5, optimizer=RowAdagrad(), placement=placement)
-    start = {"model__memory": memory, "validation__every": 6, "checkpoint__every": 6, "checkpoint__keep_last": 9}
+    start = {"model__memory": memory, "train__steps": STEPS, "validation__every": 5, "checkpoint__every": 5}
     return {**start, **more}
 
 
-def run_pair(folder: pathlib.Path, name: str, placement: Placement, **more: Any) -> pathlib.Path:
-    """Two processes with two devices each."""
+def run_several(folder: pathlib.Path, name: str, placement: Placement, **more: Any) -> pathlib.Path:
+    """Two processes, or as many as `processes` says, with two devices each or `devices`."""
     run_dir = folder / name
-    codes = run_all(*pair(folder, run_dir, devices=2, **changes(placement, **more)))
-    assert codes == [0, 0], "\n".join((folder / f"{name}.{number}.log").read_text() for number in range(2))
+    devices = more.pop("devices", 2)
+    count = more.pop("processes", 2)
+    first, _ = pair(folder, run_dir, devices=devices, **changes(placement, **more))
+    assert first.distributed is not None
+    children = [
+        dataclasses.replace(first, distributed={**first.distributed, "processes": count, "process": number})
+        for number in range(count)
+    ]
+    assert run_all(*children) == [0] * count, "\n".join(child.log().read_text() for child in children)
     return run_dir
 
 
@@ -62,23 +74,98 @@ def losses(run_dir: pathlib.Path, kind: str = "train") -> list[tuple[int, float]
     return [(row["step"], row["loss"]) for row in rows(run_dir, kind)]
 
 
+def again(run_dir: pathlib.Path, name: str) -> pathlib.Path:
+    """A copy of a run as it was after its first save."""
+    copy = run_dir.with_name(name)
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(copy / "checkpoints" / str(STEPS))
+    return copy
+
+
 @pytest.fixture(scope="module")
 def two(folder: pathlib.Path) -> pathlib.Path:
-    return run_pair(folder, "two", HOST)
+    return run_several(folder, "two", HOST)
+
+
+@pytest.fixture(scope="module")
+def one(folder: pathlib.Path) -> pathlib.Path:
+    return run_one(folder, "one", HOST)
 
 
 def test_two_processes_train_as_with_tables_on_their_devices(two: pathlib.Path, folder: pathlib.Path) -> None:
-    device = run_pair(folder, "device", OnDevice())
+    device = run_several(folder, "device", OnDevice())
     assert [step for step, _ in losses(two)] == list(range(1, STEPS + 1))
     assert losses(two) == losses(device) and losses(two, "validation") == losses(device, "validation")
-    for step in (6, STEPS):
+    for step in (5, STEPS):
         tiny.assert_same(saved(two, step), saved(device, step))
+    # Batches took both programs: with room for some of the rows, and for all.
+    assert len({row["memory/fetched_mb"] for row in rows(two, "train") if "memory/fetched_mb" in row}) == 2
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(two: pathlib.Path, folder: pathlib.Path) -> None:
-    one = run_one(folder, "one", HOST)
+def test_two_processes_are_one(two: pathlib.Path, one: pathlib.Path) -> None:
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
-    left, right = saved(two), saved(one)
+    left, right = (saved(run)["tables"] for run in (two, one))
     # gloo adds in another order than threads do
-    tiny.assert_close(left["tables"]["rows"], right["tables"]["rows"], rtol=1e-4, atol=1e-4)
+    tiny.assert_close(left["rows"], right["rows"], rtol=1e-4, atol=1e-4)
+    tiny.assert_close(left["slots"], right["slots"], rtol=1e-4, atol=1e-4)
+    # Each fetches its own share.
+    fetched = [
+        [r["memory/fetched_rows"] for r in rows(run, "train") if "memory/fetched_rows" in r] for run in (two, one)
+    ]
+    assert 0.4 < np.sum(fetched[0]) / np.sum(fetched[1]) < 0.6
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_bitwise(two: pathlib.Path, folder: pathlib.Path) -> None:
+    tiny.assert_same(saved(run_several(folder, again(two, "resumed").name, HOST)), saved(two))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_one_process_and_in_two(two: pathlib.Path, one: pathlib.Path, folder: pathlib.Path) -> None:
+    joined = run_one(folder, again(two, "joined").name, HOST)
+    parted = run_several(folder, again(one, "parted").name, HOST)
+    for run in (joined, parted):
+        np.testing.assert_allclose(losses(run), losses(two), rtol=1e-5)
+        tiny.assert_close(saved(run)["tables"]["rows"], saved(two)["tables"]["rows"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_one_process_has_the_rows_of_two_and_evaluates_them(two: pathlib.Path) -> None:
+    run = open_run(two)
+    session = open_session(run.recipe, jax.devices()[:1], encoder=run.dataset.tokenizer)
+    placed = session.abstract, session.dims, session.mesh
+    reader = Checkpointer(two / "checkpoints", Checkpoints(), *placed, population=False, owners=session.owners)
+    state, _ = reader.restore(STEPS, session.shardings)
+    reader.close()
+    tiny.assert_same(state.tables, saved(two)["tables"])
+    step = build_eval_step(run.definition, run.population)
+    data, validation = run.recipe.data, run.recipe.validation
+    found = validation_row(step, run.params, run.model_state, run.dataset, data, validation)
+    np.testing.assert_allclose(found["loss"], losses(two, "validation")[-1][1], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "processes", "devices", "mesh"),
+    [
+        ("one_each", 2, 1, {"fsdp": 2}),
+        ("copies_inside", 2, 2, {"data": 2, "tensor": 2}),
+        ("copies_across", 2, 2, {"tensor": 2, "context": 2}),
+        ("context_across", 2, 2, {"context": 4}),
+        ("owners_of_two", 4, 1, {"fsdp": 2, "tensor": 2}),
+    ],
+)
+def test_other_meshes(folder: pathlib.Path, name: str, processes: int, devices: int, mesh: dict[str, int]) -> None:
+    more = {f"mesh__{axis}": size for axis, size in {"data": 1, **mesh}.items()}
+    kept = {"train__steps": 5, "processes": processes, "devices": devices, **more}
+    host, device = (run_several(folder, f"{name}_{p.on_host}", p, **kept) for p in (HOST, OnDevice()))
+    assert losses(host) == losses(device) and losses(host, "validation") == losses(device, "validation")
+    tiny.assert_same(saved(host, 5), saved(device, 5))
+
+
+@pytest.mark.slow
+def test_stale_rows_are_the_same_each_time(folder: pathlib.Path) -> None:
+    runs = [run_several(folder, name, StaleHost(room=0.3), train__steps=5) for name in ("stale", "stale_too")]
+    assert losses(runs[0]) == losses(runs[1])
+    tiny.assert_same(*(saved(run, 5) for run in runs))
