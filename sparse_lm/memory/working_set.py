@@ -34,7 +34,7 @@ class Wanted(NamedTuple):
     """The rows that a batch reads.
 
     Attributes:
-      unique: {table: int32 [U]}, distinct rows of which this process keeps, ascending, counted from the first that it keeps.
+      unique: {table: int32 [U]}, distinct rows that this process keeps, ascending, counted from the first that it keeps.
       places: {table: int32 [B, L, H]}, where each address is in the working set; C is no row.
       sizes: {table: S}.
       full: whether the batch needs the full program.
