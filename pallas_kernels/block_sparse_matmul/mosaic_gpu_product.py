@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse_matmul.work_order import plan_order
+from pallas_kernels.hopper_overlap import multiply_while_storing
 
 INT = jnp.int32
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # 16-bit operands, 128-byte rows
@@ -75,24 +75,6 @@ def deal(n_items: int, workers: int, worker: jax.Array, mirror: bool):
         return jnp.minimum(t * workers + lane, n_items - 1)
 
     return count, item
-
-
-def multiply_while_storing(steps, one: Callable, stores: Sequence[Callable[[], None]]) -> None:
-    """Runs `one(i, store)` for i in 0 .. steps - 1.
-
-    Args:
-        steps: int32, how many.
-        one: one(i, store) starts the product of step i, calls `store` unless it is None, then waits for the product.
-        stores: what is left to store. The first steps take one each; those for which there is no step are called by themselves.
-    """
-    for number, store in enumerate(stores):
-        lax.fori_loop(number, jnp.minimum(steps, number + 1), lambda i, _, store=store: one(i, store), None)
-
-        @pl.when(steps <= number)
-        def _(store=store):
-            store()
-
-    lax.fori_loop(len(stores), steps, lambda i, _: one(i, None), None)
 
 
 def block_product(

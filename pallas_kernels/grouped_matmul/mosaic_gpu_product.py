@@ -4,12 +4,16 @@ A CTA multiplies a row tile of one group with a column tile of its weight; both 
 weights through the transposing operand of wgmma. SwiGLU keeps two accumulators of half the width and writes silu(gate) * up. The sum of two products (dx of SwiGLU)
 contracts one after the other into one accumulator.
 
+A consumer stores its part of a tile while it multiplies the next one, if all rows of the part are of the tile's group; the parts at the ends of groups it stores at
+once. So it does with the two products that SwiGLU saves, for which there are no registers.
+
 Legend: A rows, W weights, K contraction, N outer dim; bm, bn, bk tile sizes; V row tiles.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +24,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.grouped_matmul.groups import RowGroups
 from pallas_kernels.grouped_matmul.mosaic_gpu_ring import (
     TILED,
+    Tile,
     acquire,
     free_barriers,
-    out_buffers,
+    no_tile,
+    plain_buffers,
     ring_grid,
     run_ring,
     shared_by_cluster,
-    store_rows,
+    store_part,
+    stores,
+    tiled_buffers,
 )
 from pallas_kernels.grouped_matmul.schedule import row_tiles
+from pallas_kernels.hopper_overlap import multiply_while_storing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,18 +84,19 @@ def grouped_product(
 
     def body(tiles_g, count_g, *refs):
         x_gs, w_gs, out_gs = refs[:terms], refs[terms:][: len(weights)], refs[terms + len(weights) :][:outs]
-        x_s, w_s, buffers, full, free = refs[terms + len(weights) + outs :]
+        x_s, w_s, tiled_s, plain_s, full, free = refs[terms + len(weights) + outs :]
         warpgroup = lax.axis_index("wg")
         with_steps, all_tiles = count_g[0], count_g[1]
 
-        def place(item):
+        def locate(item):
             v, n = plgpu.planar_snake(item, (all_tiles, columns), tiles.minor, tiles.width)
             n = n * tiles.cluster + (lax.axis_index("pair") if tiles.cluster > 1 else 0)
-            return v, n, jnp.where(v < with_steps, jnp.int32(steps), jnp.int32(0))
+            length = jnp.where(v < with_steps, jnp.int32(steps), jnp.int32(0))
+            return tuple(tiles_g[i, v] for i in range(4)), n, length
 
-        def produce(item, step):
-            v, n, length = place(item)
-            row, weight = pl.multiple_of(tiles_g[0, v], 8), tiles_g[3, v]
+        def produce(place, step):
+            (row, _, _, weight), n, length = place
+            row = pl.multiple_of(row, 8)
 
             def load(x_g, w_gs):
                 def one(k, step):
@@ -105,13 +115,13 @@ def grouped_product(
                 step = lax.fori_loop(0, length, load(x_g, term_weights), step)
             return step
 
-        def consume(item, step):
-            v, n, length = place(item)
-            row, own, end = tiles_g[0, v] + warpgroup * wm, tiles_g[1, v], tiles_g[2, v]
+        def consume(place, step, held):
+            (first_row, own, end, _), n, length = place
+            row = first_row + warpgroup * wm
             length = length * terms
 
             def multiply(*accumulators):
-                def one(i, _):
+                def one(i, store):
                     slot = lax.rem(step + i, jnp.int32(slots))
                     plgpu.barrier_wait(full.at[slot])
                     for part, accumulator in enumerate(accumulators):
@@ -121,23 +131,35 @@ def grouped_product(
                             x_s.at[slot, pl.ds(warpgroup * wm, wm)],
                             w.transpose((1, 0)) if transpose else w,
                         )
+                    if store is not None:
+                        store()
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(free.at[slot])
 
-                lax.fori_loop(0, length, one, None)
+                multiply_while_storing(length, one, stores(held, out_gs[0], tiled_s))
                 return tuple(a[...] for a in accumulators)
 
             products = pl.run_scoped(multiply, *(plgpu.ACC((wm, bn), jnp.float32) for _ in range(parts)))
-            if parts == 2:
-                gate, up = products
-                hidden = gate / (1 + jnp.exp(-gate)) * up
-                products = (hidden, gate, up)[:outs]
-            turn = 0
-            for value, out_g in zip(products, out_gs):
-                turn = store_rows(value.astype(dtype), out_g, row, n * bn, own, end, buffers, turn)
-            return step + length
+            whole = (own <= row) & (row + wm <= end)
 
-        run_ring(all_tiles * columns, ctas // tiles.cluster, slots, free, produce, consume)
+            def finished(value, out_g):
+                tile = Tile(value.astype(dtype), row, n * bn, whole)
+                store_part(tile, own, end, out_g, plain_s)
+                return tile
+
+            for value, out_g in zip(products, out_gs[1:]):
+                for store in stores(finished(value, out_g), out_g, tiled_s):
+                    store()
+            result = products[0] / (1 + jnp.exp(-products[0])) * products[1] if parts == 2 else products[0]
+            return step + length, finished(result, out_gs[0])
+
+        def finish(held):
+            for store in stores(held, out_gs[0], tiled_s):
+                store()
+
+        first_held = functools.partial(no_tile, wm, bn, dtype)
+        items, lanes = all_tiles * columns, ctas // tiles.cluster
+        run_ring(items, lanes, slots, free, locate, produce, consume, first_held, finish)
 
     out = plgpu.kernel(
         body,
@@ -149,7 +171,8 @@ def grouped_product(
         scratch_types=[
             plgpu.SMEM((slots, bm, bk), dtype, transforms=TILED),
             plgpu.SMEM((slots, parts, *((bn, bk) if transpose else (bk, bn))), dtype, transforms=TILED),
-            out_buffers(dtype),
+            tiled_buffers(dtype),
+            plain_buffers(dtype),
             plgpu.Barrier(num_arrivals=1 + parts, num_barriers=slots),
             free_barriers(slots, tiles.cluster),
         ],

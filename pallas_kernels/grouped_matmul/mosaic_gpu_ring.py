@@ -1,13 +1,18 @@
 """The flat ring: one producer warpgroup streams operand tiles of all work items of a CTA through a ring of shared-memory slots, two consumers multiply them.
 
-The producer never waits for an item to be finished: while the consumers write the result of one item it already loads the next, so no item pays for filling the
-pipeline. Items are dealt round robin to persistent CTAs; how many there are is read at run time.
+The producer never waits for an item to be finished: while the consumers end one item it already loads the next, so no item pays for filling the pipeline. A finished
+tile stays in registers, rounded to 16 bits, and is stored piece by piece while the next is multiplied. Items are dealt round robin to persistent CTAs; how many there
+are is read at run time.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -18,11 +23,36 @@ CHUNK = 64  # rows and columns that leave through shared memory at a time
 PRODUCER = 2
 
 
-def run_ring(items, lanes: int, slots: int, free, produce, consume, life: int = 0):
-    """Run all items: `produce(item, step) -> step` on the producer, `consume(item, step) -> step` on both consumers; `step` counts ring slots used so far.
+class Tile(NamedTuple):
+    """A finished tile in the registers of one consumer: value [height, width] at (row, column) of the output; `whole`: every row of it is the tile's own."""
+
+    value: jax.Array
+    row: jax.Array
+    column: jax.Array
+    whole: jax.Array
+
+
+def no_tile(height: int, width: int, dtype) -> Tile:
+    """What a consumer holds before its first tile: nothing to store."""
+    return Tile(jnp.zeros((height, width), dtype), jnp.int32(0), jnp.int32(0), jnp.bool_(False))
+
+
+def run_ring(items, lanes: int, slots: int, free, locate, produce, consume, first_held, finish, life: int = 0):
+    """Run all items of this CTA.
 
     Lane l takes the items l, l + lanes, ..; with `life`, at most that many of a section of lanes * life items, and lanes further on take the next sections.
-    `free` is the barrier array on which the consumers hand slots back; every completion is waited for, also those of the last slots.
+
+    Args:
+        items: How many in all, at least one.
+        lanes: CTAs (or pairs) that deal items among themselves.
+        slots: Ring slots.
+        free: Barrier array on which the consumers hand slots back; every completion is waited for, also those of the last slots.
+        locate: locate(item) -> place, scalars. Called one item ahead, so that its loads fly while the item before is multiplied.
+        produce: produce(place, step) -> step, on the producer; `step` counts ring slots used so far.
+        consume: consume(place, step, held) -> step, held, on both consumers; `held` is what the item leaves to the next one.
+        first_held: first_held() -> what the first item finds.
+        finish: finish(held), after the last item.
+        life: Most items of a CTA; 0: no limit.
     """
     warpgroup, cta = lax.axis_index("wg"), lax.axis_index("cta")
     if life:
@@ -31,17 +61,26 @@ def run_ring(items, lanes: int, slots: int, free, produce, consume, life: int = 
     else:
         first, mine = cta, lax.div(items - cta + (lanes - 1), jnp.int32(lanes))
 
+    def run(role, state):
+        def one(i, carry):
+            place, state = carry
+            upcoming = locate(jnp.minimum(first + (i + 1) * lanes, items - 1))
+            return upcoming, role(place, *state)
+
+        return lax.fori_loop(0, mine, one, (locate(jnp.minimum(first, items - 1)), state))[1]
+
     @pl.when(warpgroup == PRODUCER)
     def _():
         plgpu.set_max_registers(40, action="decrease")
-        step = lax.fori_loop(0, mine, lambda i, s: produce(first + i * lanes, s), jnp.int32(0))
+        (step,) = run(lambda place, step: (produce(place, step),), (jnp.int32(0),))
         held = jnp.maximum(step - slots, 0)
         lax.fori_loop(held, step, lambda s, _: plgpu.barrier_wait(free.at[lax.rem(s, jnp.int32(slots))]), None)
 
     @pl.when(warpgroup < PRODUCER)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        lax.fori_loop(0, mine, lambda i, s: consume(first + i * lanes, s), jnp.int32(0))
+        _, held = run(consume, (jnp.int32(0), first_held()))
+        finish(held)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -56,63 +95,77 @@ def acquire(step, slots: int, free):
     return slot
 
 
-def store_rows(value, out_g, row, column, own, end, buffers, turn: int):
-    """Write the rows own..end of a [rows, columns] value that lies at (row, column) of the output, 64 x 64 at a time; rows outside stay untouched.
+def stores(tile: Tile, out_g, tiled_s) -> list[Callable[[], None]]:
+    """Calls that store a whole tile, one for each 64 x 64 piece; if the tile is not whole they store nothing.
 
-    A whole chunk leaves in one copy from a swizzled buffer. Part of one leaves from a plain buffer, in copies of 32, 16, .. 1 rows, whichever its height needs.
-    `turn` alternates the swizzled buffers; returns the next one.
+    A piece leaves by the copy engine. One buffer [consumer, 64, 64] is enough where every call stands in another step: by then the copy of the piece before has read it.
     """
-    for r, c in itertools.product(range(0, value.shape[0], CHUNK), range(0, value.shape[1], CHUNK)):
-        piece = value[r : r + CHUNK, c : c + CHUNK]
-        for who in range(2):
 
-            @pl.when(lax.axis_index("wg") == who)
-            def _(piece=piece, r=r, c=c, who=who, turn=turn):
-                tiled_s, plain_s = buffers[who]
-                _store_chunk(piece, out_g, row + r, column + c, own, end, tiled_s.at[turn % 2], plain_s)
-
-        turn += 1
-    return turn
-
-
-def _store_chunk(value, out_g, row, column, own, end, tiled_s, plain_s):
-    from_row = jnp.clip(own - row, 0, CHUNK)
-    count = jnp.clip(end - row, 0, CHUNK) - from_row
-    columns = pl.ds(column, CHUNK)
-
-    @pl.when(count == CHUNK)
-    def _():
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        tiled_s[...] = value
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(tiled_s, out_g.at[pl.ds(pl.multiple_of(row, 8), CHUNK), columns])
-
-    @pl.when((count > 0) & (count < CHUNK))
-    def _():
+    def store(r, c):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plain_s[...] = value
+        buffer_s = tiled_s.at[lax.axis_index("wg")]
+        buffer_s[...] = tile.value[r : r + CHUNK, c : c + CHUNK]
         plgpu.commit_smem()
-        offset = from_row
-        for height in (32, 16, 8, 4, 2, 1):
-            part = count & height
+        rows, columns = (
+            pl.ds(pl.multiple_of(tile.row + r, 8), CHUNK),
+            pl.ds(pl.multiple_of(tile.column + c, CHUNK), CHUNK),
+        )
 
-            @pl.when(part != 0)
-            def _(offset=offset, height=height):
-                plgpu.copy_smem_to_gmem(
-                    plain_s.at[pl.ds(offset, height)], out_g.at[pl.ds(row + offset, height), columns]
+        @pl.when(tile.whole)
+        def _():
+            plgpu.copy_smem_to_gmem(buffer_s, out_g.at[rows, columns])
+
+    return [functools.partial(store, *corner) for corner in _corners(tile.value)]
+
+
+def store_part(tile: Tile, own, end, out_g, plain_s):
+    """Store the rows own..end of a tile at once, if it is not whole; rows outside stay untouched.
+
+    The copy engine takes any row only from a plain buffer, and copies of fixed heights: of 16, 4 and 1 rows here, as many as it takes.
+    """
+
+    def store(r, c, offset, count):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        buffer_s = plain_s.at[lax.axis_index("wg")]
+        buffer_s[...] = tile.value[r : r + CHUNK, c : c + CHUNK]
+        plgpu.commit_smem()
+        for height in (16, 4, 1):
+            copies = lax.div(count, jnp.int32(height))
+
+            def copy(i, _, height=height, offset=offset):
+                begin = offset + i * height
+                rows, columns = (
+                    pl.ds(tile.row + r + begin, height),
+                    pl.ds(pl.multiple_of(tile.column + c, CHUNK), CHUNK),
                 )
+                plgpu.copy_smem_to_gmem(buffer_s.at[pl.ds(begin, height)], out_g.at[rows, columns])
 
-            offset = offset + part
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            lax.fori_loop(0, copies, copy, None)
+            offset, count = offset + copies * height, count - copies * height
+
+    @pl.when(jnp.logical_not(tile.whole))
+    def _():
+        for r, c in _corners(tile.value):
+            offset = jnp.clip(own - tile.row - r, 0, CHUNK)
+            count = jnp.clip(end - tile.row - r, 0, CHUNK) - offset
+
+            @pl.when(count > 0)
+            def _(r=r, c=c, offset=offset, count=count):
+                store(r, c, offset, count)
 
 
-def out_buffers(dtype):
-    """Scratch of `store_rows`: for each consumer two swizzled chunks that share their memory with a plain one.
+def _corners(value):
+    return itertools.product(range(0, value.shape[0], CHUNK), range(0, value.shape[1], CHUNK))
 
-    One union per consumer, so that one never overlays the other's.
-    """
-    tiled, plain = plgpu.SMEM((2, CHUNK, CHUNK), dtype, transforms=TILED), plgpu.SMEM((CHUNK, CHUNK), dtype)
-    return [plgpu.RefUnion(tiled, plain) for _ in range(2)]
+
+def tiled_buffers(dtype):
+    """Scratch of `stores`: a swizzled piece for each consumer."""
+    return plgpu.SMEM((2, CHUNK, CHUNK), dtype, transforms=TILED)
+
+
+def plain_buffers(dtype):
+    """Scratch of `store_part`: a plain piece for each consumer. Its rows are 128 bytes, the alignment of the copy engine."""
+    return plgpu.SMEM((2, CHUNK, CHUNK), dtype)
 
 
 def ring_grid(lanes: int, cluster: int):

@@ -10,6 +10,7 @@ Legend: A rows, G groups, K x features (rows of dw), N dy features (columns of d
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +20,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.groups import RowGroups
 from pallas_kernels.grouped_matmul.mosaic_gpu_ring import (
+    CHUNK,
     TILED,
+    Tile,
     acquire,
     free_barriers,
-    out_buffers,
+    no_tile,
     ring_grid,
     run_ring,
     shared_by_cluster,
-    store_rows,
+    stores,
+    tiled_buffers,
 )
 from pallas_kernels.grouped_matmul.schedule import ALIGN
+from pallas_kernels.hopper_overlap import multiply_while_storing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,61 +75,77 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
     Returns:
         [G, K, N] in the dtype of x, accumulated in float32; zeros for empty groups.
     """
-    rows, dtype = x_AK.shape[0], x_AK.dtype
+    (rows, width), outer, dtype = x_AK.shape, dy_AN.shape[1], x_AK.dtype
     bm, bn, bk, slots = tiles.bm, tiles.bn, tiles.bk, tiles.slots
-    m_tiles, n_tiles = x_AK.shape[1] // bm, dy_AN.shape[1] // (bn * tiles.cluster)
+    m_tiles, n_tiles = width // bm, outer // (bn * tiles.cluster)
     wm, half = bm // 2, bn // 2
     count = groups.size_G.shape[0]
     order_G = _largest_first(groups.size_G)
-    start_G, size_G = groups.start_G[order_G], groups.size_G[order_G]
-    first_G = start_G // ALIGN * ALIGN
-    end_G = start_G + size_G
-    steps_G = jnp.where(size_G > 0, (end_G - first_G + bk - 1) // bk, 0)
-    ranges_5G = jnp.stack([start_G, end_G, first_G, steps_G, order_G])
+    start_G = groups.start_G[order_G]
+    ranges_3G = jnp.stack([start_G, start_G + groups.size_G[order_G], order_G])
 
     items, lanes = count * m_tiles * n_tiles, ctas // tiles.cluster
     launched = lanes * -(-items // (lanes * tiles.life)) if tiles.life else lanes
 
-    def body(ranges_g, x_g, dy_g, out_g, x_s, dy_s, buffers0, buffers1, full, free, both):
+    def body(ranges_g, x_g, dy_g, out_g, x_s, dy_s, tiled_s, full, free, both):
         warpgroup = lax.axis_index("wg")
 
-        def place(item):
+        def locate(item):
             g = lax.div(item, jnp.int32(m_tiles * n_tiles))
             m, n = plgpu.planar_snake(
                 lax.rem(item, jnp.int32(m_tiles * n_tiles)), (m_tiles, n_tiles), tiles.minor, tiles.width
             )
-            return g, m, n * tiles.cluster + (lax.axis_index("pair") if tiles.cluster > 1 else 0)
+            n = n * tiles.cluster + (lax.axis_index("pair") if tiles.cluster > 1 else 0)
+            return ranges_g[0, g], ranges_g[1, g], ranges_g[2, g] * width + m * bm, n * bn
 
-        def produce(item, step):
-            g, m, n = place(item)
-            first, length = ranges_g[2, g], ranges_g[3, g]
+        def steps_of(start, end):
+            first = lax.div(start, jnp.int32(ALIGN)) * ALIGN
+            return first, jnp.where(end > start, lax.div(end - first + (bk - 1), jnp.int32(bk)), 0)
+
+        def produce(place, step):
+            start, end, row, column = place
+            first, length = steps_of(start, end)
+            x_columns = pl.ds(pl.multiple_of(lax.rem(row, jnp.int32(width)), bm), bm)
+            dy_columns = pl.ds(pl.multiple_of(column, bn), bn)
 
             def load(i, step):
                 slot = acquire(step, slots, free)
-                row = pl.ds(pl.multiple_of(jnp.minimum(first + i * bk, rows - bk), ALIGN), bk)
-                source = x_g.at[row, pl.ds(m * bm, bm)]
+                taken = pl.ds(pl.multiple_of(jnp.minimum(first + i * bk, rows - bk), ALIGN), bk)
+                source = x_g.at[taken, x_columns]
                 plgpu.copy_gmem_to_smem(source, x_s.at[slot], full.at[slot], **shared_by_cluster(tiles.cluster))
-                plgpu.copy_gmem_to_smem(dy_g.at[row, pl.ds(n * bn, bn)], dy_s.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(dy_g.at[taken, dy_columns], dy_s.at[slot], full.at[slot])
                 return step + 1
 
             return lax.fori_loop(0, length, load, step)
 
-        def consume(item, step):
-            g, m, n = place(item)
-            start, end, first, length = (ranges_g[i, g] for i in range(4))
+        def consume(place, step, held):
+            start, end, row, column = place
+            first, length = steps_of(start, end)
 
             def clear(ref, own, stop):
-                value = ref[...]
-                row = lax.broadcasted_iota(jnp.int32, value.shape, 0)
-                ref[...] = jnp.where((row >= own) & (row < stop), value, jnp.zeros_like(value))
+                for c in range(0, ref.shape[1], CHUNK):  # few registers at a time: a tile waits in most of them
+                    piece = ref.at[:, pl.ds(c, CHUNK)]
+                    value = piece[...]
+                    row = lax.broadcasted_iota(jnp.int32, value.shape, 0)
+                    piece[...] = jnp.where((row >= own) & (row < stop), value, jnp.zeros_like(value))
 
             def multiply(accumulator):
-                def one(i, _):
+                def one(i, prepare=None, store=None):
                     slot = lax.rem(step + i, jnp.int32(slots))
+                    plgpu.barrier_wait(full.at[slot])
+                    if prepare is not None:
+                        prepare(slot, i)
+                    x = x_s.at[slot, :, pl.ds(warpgroup * wm, wm)]
+                    plgpu.wgmma(accumulator, x.transpose((1, 0)), dy_s.at[slot])
+                    if store is not None:
+                        store()
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(free.at[slot])
+
+                def clear_foreign(slot, i):
                     begin = first + i * bk
                     base = jnp.minimum(begin, rows - bk)
                     own, stop = jnp.maximum(begin, start) - base, end - base
-                    plgpu.barrier_wait(full.at[slot])
 
                     @pl.when((own > 0) | (stop < bk))
                     def _():
@@ -134,24 +155,26 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
                         plgpu.barrier_arrive(both)
                         plgpu.barrier_wait(both)
 
-                    x = x_s.at[slot, :, pl.ds(warpgroup * wm, wm)]
-                    plgpu.wgmma(accumulator, x.transpose((1, 0)), dy_s.at[slot])
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(free.at[slot])
-
-                lax.fori_loop(0, length, one, None)
+                # Foreign rows are in the first and the last step alone; the code that clears them is large, so the steps that store have none of it.
+                lax.fori_loop(0, jnp.minimum(length, 1), lambda i, _: one(i, clear_foreign), None)
+                between = jnp.maximum(length - 2, 0)
+                multiply_while_storing(between, lambda i, store: one(i + 1, store=store), stores(held, out_g, tiled_s))
+                lax.fori_loop(jnp.maximum(length - 1, 1), length, lambda i, _: one(i, clear_foreign), None)
                 return accumulator[...].astype(dtype)
 
             value = pl.run_scoped(multiply, plgpu.ACC((wm, bn), jnp.float32))
-            row = m * bm + warpgroup * wm
-            store_rows(value, out_g.at[ranges_g[4, g]], row, n * bn, 0, x_g.shape[1], (buffers0, buffers1), 0)
-            return step + length
+            return step + length, Tile(value, row + warpgroup * wm, column, jnp.bool_(True))
 
-        run_ring(items, lanes, slots, free, produce, consume, life=tiles.life)
+        def finish(held):
+            for store in stores(held, out_g, tiled_s):
+                store()
 
-    return plgpu.kernel(
+        first_held = functools.partial(no_tile, wm, bn, dtype)
+        run_ring(items, lanes, slots, free, locate, produce, consume, first_held, finish, life=tiles.life)
+
+    dw = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((count, x_AK.shape[1], dy_AN.shape[1]), dtype),
+        out_type=jax.ShapeDtypeStruct((count * width, outer), dtype),
         **ring_grid(launched, tiles.cluster),
         num_threads=3,
         thread_name="wg",
@@ -159,10 +182,11 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
         scratch_types=[
             plgpu.SMEM((slots, bk, bm), dtype, transforms=TILED),
             plgpu.SMEM((slots, bk, bn), dtype, transforms=TILED),
-            *out_buffers(dtype),
+            tiled_buffers(dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=slots),
             free_barriers(slots, tiles.cluster),
             plgpu.Barrier(num_arrivals=2),
         ],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(ranges_5G, x_AK, dy_AN)
+    )(ranges_3G, x_AK, dy_AN)
+    return dw.reshape(count, width, outer)

@@ -1,0 +1,27 @@
+"""Storing a finished tile while the tensor cores multiply the next: the order of work that the Hopper kernels share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+
+def multiply_while_storing(steps, one: Callable, stores: Sequence[Callable[[], None]]) -> None:
+    """Runs `one(i, store)` for i in 0 .. steps - 1.
+
+    Args:
+        steps: int32, how many.
+        one: one(i, store) starts the product of step i, calls `store` unless it is None, then waits for the product.
+        stores: what is left to store. The first steps take one each; those for which there is no step are called by themselves.
+    """
+    for number, store in enumerate(stores):
+        lax.fori_loop(number, jnp.minimum(steps, number + 1), lambda i, _, store=store: one(i, store), None)
+
+        @pl.when(steps <= number)
+        def _(store=store):
+            store()
+
+    lax.fori_loop(len(stores), steps, lambda i, _: one(i, None), None)
