@@ -146,13 +146,15 @@ def candidates():
     from pallas_kernels.grouped_matmul.mosaic_gpu_weight import WeightTiles
 
     found = {}
-    tiles = ((128, 256, 1, 0), (128, 256, 1, 8), (256, 128, 1, 0), (256, 128, 2, 0))
+    tiles = ((128, 256, 0), (128, 256, 8), (256, 128, 0))
     orders = ((0, 8), (1, 4), (0, 32))
-    for (bm, bn, cluster, life), (minor, width) in itertools.product(tiles, orders):
-        order = {"minor": minor, "width": width, "cluster": cluster}
+    for (bm, bn, life), (minor, width) in itertools.product(tiles, orders):
+        order = {"minor": minor, "width": width}
         product_tiles = None if life else ProductTiles(bm, bn, **order)  # only the weight gradient has lives
-        name = f"{bm}x{bn} c{cluster} minor{minor} width{width} life{life}"
-        found[name] = (product_tiles, WeightTiles(bm, bn, **order, life=life))
+        found[f"{bm}x{bn} minor{minor} width{width} life{life}"] = (
+            product_tiles,
+            WeightTiles(bm, bn, **order, life=life),
+        )
     return found
 
 

@@ -26,12 +26,9 @@ from pallas_kernels.grouped_matmul.mosaic_gpu_ring import (
     TILED,
     Tile,
     acquire,
-    free_barriers,
     no_tile,
     plain_buffers,
-    ring_grid,
     run_ring,
-    shared_by_cluster,
     store_part,
     stores,
     tiled_buffers,
@@ -42,10 +39,7 @@ from pallas_kernels.hopper_overlap import multiply_while_storing
 
 @dataclasses.dataclass(frozen=True)
 class ProductTiles:
-    """Tile sizes of one product: CTA tile bm x bn, contraction step bk, ring slots, the walk over items (`width` tiles of dimension `minor`, 0 rows, 1 columns).
-
-    With `cluster` 2, two CTAs take neighbouring column tiles and each loads half of the row tile for both.
-    """
+    """Tile sizes of one product: CTA tile bm x bn, contraction step bk, ring slots, the walk over items (`width` tiles of dimension `minor`, 0 rows, 1 columns)."""
 
     bm: int = 128
     bn: int = 256
@@ -53,7 +47,6 @@ class ProductTiles:
     slots: int = 4
     minor: int = 0
     width: int = 8
-    cluster: int = 1
 
 
 def grouped_product(
@@ -79,7 +72,7 @@ def grouped_product(
     bm, bn, bk, slots = tiles.bm, tiles.bn, tiles.bk, tiles.slots
     dtype, parts = rows[0].dtype, len(weights) if terms == 1 else 1  # accumulators
     outs = 3 if save else 1
-    steps, columns, wm = inner // bk, outer // (bn * tiles.cluster), bm // 2
+    steps, columns, wm = inner // bk, outer // bn, bm // 2
     listed = row_tiles(groups, sorted_rows, bm)
 
     def body(tiles_g, count_g, *refs):
@@ -90,7 +83,6 @@ def grouped_product(
 
         def locate(item):
             v, n = plgpu.planar_snake(item, (all_tiles, columns), tiles.minor, tiles.width)
-            n = n * tiles.cluster + (lax.axis_index("pair") if tiles.cluster > 1 else 0)
             length = jnp.where(v < with_steps, jnp.int32(steps), jnp.int32(0))
             return tuple(tiles_g[i, v] for i in range(4)), n, length
 
@@ -102,7 +94,7 @@ def grouped_product(
                 def one(k, step):
                     slot = acquire(step, slots, free)
                     source = x_g.at[pl.ds(row, bm), pl.ds(k * bk, bk)]
-                    plgpu.copy_gmem_to_smem(source, x_s.at[slot], full.at[slot], **shared_by_cluster(tiles.cluster))
+                    plgpu.copy_gmem_to_smem(source, x_s.at[slot], full.at[slot])
                     for part, w_g in enumerate(w_gs):
                         ks, ns = pl.ds(k * bk, bk), pl.ds(n * bn, bn)
                         source = w_g.at[weight, ns, ks] if transpose else w_g.at[weight, ks, ns]
@@ -158,13 +150,13 @@ def grouped_product(
                 store()
 
         first_held = functools.partial(no_tile, wm, bn, dtype)
-        items, lanes = all_tiles * columns, ctas // tiles.cluster
-        run_ring(items, lanes, slots, free, locate, produce, consume, first_held, finish)
+        run_ring(all_tiles * columns, ctas, slots, free, locate, produce, consume, first_held, finish)
 
     out = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct((sorted_rows, outer), dtype)] * outs,
-        **ring_grid(ctas // tiles.cluster, tiles.cluster),
+        grid=(ctas,),
+        grid_names=("cta",),
         num_threads=3,
         thread_name="wg",
         interpret=interpret,
@@ -174,7 +166,7 @@ def grouped_product(
             tiled_buffers(dtype),
             plain_buffers(dtype),
             plgpu.Barrier(num_arrivals=1 + parts, num_barriers=slots),
-            free_barriers(slots, tiles.cluster),
+            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
         ],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
     )(*listed, *rows, *weights)

@@ -44,7 +44,7 @@ def run_ring(items, lanes: int, slots: int, free, locate, produce, consume, firs
 
     Args:
         items: How many in all, at least one.
-        lanes: CTAs (or pairs) that deal items among themselves.
+        lanes: CTAs that deal items among themselves.
         slots: Ring slots.
         free: Barrier array on which the consumers hand slots back; every completion is waited for, also those of the last slots.
         locate: locate(item) -> place, scalars. Called one item ahead, so that its loads fly while the item before is multiplied.
@@ -166,21 +166,3 @@ def tiled_buffers(dtype):
 def plain_buffers(dtype):
     """Scratch of `store_part`: a plain piece for each consumer. Its rows are 128 bytes, the alignment of the copy engine."""
     return plgpu.SMEM((2, CHUNK, CHUNK), dtype)
-
-
-def ring_grid(lanes: int, cluster: int):
-    """Arguments of `plgpu.kernel` for CTAs (lanes), alone or in pairs."""
-    grid = {"grid": (lanes,), "grid_names": ("cta",)}
-    return grid if cluster == 1 else {**grid, "cluster": (cluster,), "cluster_names": ("pair",)}
-
-
-def free_barriers(slots: int, cluster: int):
-    """Barriers on which consumers hand slots back; in a cluster a slot is free when the consumers of all its CTAs have read it."""
-    if cluster == 1:
-        return plgpu.Barrier(num_arrivals=2, num_barriers=slots)
-    return plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=2, num_barriers=slots)
-
-
-def shared_by_cluster(cluster: int):
-    """Arguments of a load whose parts every CTA of the cluster sends to all."""
-    return {} if cluster == 1 else {"collective_axes": "pair"}

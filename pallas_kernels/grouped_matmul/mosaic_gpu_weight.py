@@ -24,11 +24,8 @@ from pallas_kernels.grouped_matmul.mosaic_gpu_ring import (
     TILED,
     Tile,
     acquire,
-    free_barriers,
     no_tile,
-    ring_grid,
     run_ring,
-    shared_by_cluster,
     stores,
     tiled_buffers,
 )
@@ -38,7 +35,7 @@ from pallas_kernels.hopper_overlap import multiply_while_storing
 
 @dataclasses.dataclass(frozen=True)
 class WeightTiles:
-    """Tile sizes: CTA tile bm x bn of dw, bk rows a step, ring slots, the walk over tiles of a group, CTAs that share the x tile.
+    """Tile sizes: CTA tile bm x bn of dw, bk rows a step, ring slots, the walk over tiles of a group.
 
     A CTA ends after `life` items and the device starts the next one where an SM is free, which evens out groups of very different sizes; 0: as many CTAs as SMs,
     which deal all items among themselves in turn.
@@ -50,7 +47,6 @@ class WeightTiles:
     slots: int = 4
     minor: int = 0
     width: int = 4
-    cluster: int = 1
     life: int = 0
 
 
@@ -77,15 +73,15 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
     """
     (rows, width), outer, dtype = x_AK.shape, dy_AN.shape[1], x_AK.dtype
     bm, bn, bk, slots = tiles.bm, tiles.bn, tiles.bk, tiles.slots
-    m_tiles, n_tiles = width // bm, outer // (bn * tiles.cluster)
+    m_tiles, n_tiles = width // bm, outer // bn
     wm, half = bm // 2, bn // 2
     count = groups.size_G.shape[0]
     order_G = _largest_first(groups.size_G)
     start_G = groups.start_G[order_G]
     ranges_3G = jnp.stack([start_G, start_G + groups.size_G[order_G], order_G])
 
-    items, lanes = count * m_tiles * n_tiles, ctas // tiles.cluster
-    launched = lanes * -(-items // (lanes * tiles.life)) if tiles.life else lanes
+    items = count * m_tiles * n_tiles
+    launched = ctas * -(-items // (ctas * tiles.life)) if tiles.life else ctas
 
     def body(ranges_g, x_g, dy_g, out_g, x_s, dy_s, tiled_s, full, free, both):
         warpgroup = lax.axis_index("wg")
@@ -95,7 +91,6 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
             m, n = plgpu.planar_snake(
                 lax.rem(item, jnp.int32(m_tiles * n_tiles)), (m_tiles, n_tiles), tiles.minor, tiles.width
             )
-            n = n * tiles.cluster + (lax.axis_index("pair") if tiles.cluster > 1 else 0)
             return ranges_g[0, g], ranges_g[1, g], ranges_g[2, g] * width + m * bm, n * bn
 
         def steps_of(start, end):
@@ -111,8 +106,7 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
             def load(i, step):
                 slot = acquire(step, slots, free)
                 taken = pl.ds(pl.multiple_of(jnp.minimum(first + i * bk, rows - bk), ALIGN), bk)
-                source = x_g.at[taken, x_columns]
-                plgpu.copy_gmem_to_smem(source, x_s.at[slot], full.at[slot], **shared_by_cluster(tiles.cluster))
+                plgpu.copy_gmem_to_smem(x_g.at[taken, x_columns], x_s.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(dy_g.at[taken, dy_columns], dy_s.at[slot], full.at[slot])
                 return step + 1
 
@@ -170,12 +164,13 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
                 store()
 
         first_held = functools.partial(no_tile, wm, bn, dtype)
-        run_ring(items, lanes, slots, free, locate, produce, consume, first_held, finish, life=tiles.life)
+        run_ring(items, ctas, slots, free, locate, produce, consume, first_held, finish, life=tiles.life)
 
     dw = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((count * width, outer), dtype),
-        **ring_grid(launched, tiles.cluster),
+        grid=(launched,),
+        grid_names=("cta",),
         num_threads=3,
         thread_name="wg",
         interpret=interpret,
@@ -184,7 +179,7 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
             plgpu.SMEM((slots, bk, bn), dtype, transforms=TILED),
             tiled_buffers(dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-            free_barriers(slots, tiles.cluster),
+            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
             plgpu.Barrier(num_arrivals=2),
         ],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),

@@ -53,7 +53,7 @@ def run_product(capfd, weights, x, sizes, **options):
     [
         pytest.param(False, RAGGED, {"bm": 128, "bn": 256, "slots": 2}, marks=pytest.mark.slow),
         pytest.param(True, RAGGED, {"bm": 128, "bn": 128, "slots": 3, "minor": 1, "width": 1}, marks=pytest.mark.slow),
-        pytest.param(False, [0, 0, 256, 0], {"bm": 256, "bn": 128, "slots": 2, "cluster": 2}, marks=pytest.mark.slow),
+        pytest.param(False, [0, 0, 256, 0], {"bm": 256, "bn": 128, "slots": 2}, marks=pytest.mark.slow),
         pytest.param(False, [0, 0, 0, 0], {"bm": 128, "bn": 256, "slots": 2}, marks=pytest.mark.slow),
     ],
 )
@@ -81,7 +81,7 @@ def test_swiglu(capfd, save):
     "sizes, tiles",
     [
         (RAGGED, {"bm": 128, "bn": 256, "slots": 2}),
-        pytest.param([65, 64, 0, 71], {"bm": 128, "bn": 128, "slots": 3, "cluster": 2}, marks=pytest.mark.slow),
+        pytest.param([65, 64, 0, 71], {"bm": 128, "bn": 128, "slots": 3}, marks=pytest.mark.slow),
         pytest.param([0, 253, 0, 0], {"bm": 128, "bn": 128, "bk": 32, "slots": 2, "life": 2}, marks=pytest.mark.slow),
     ],
 )
