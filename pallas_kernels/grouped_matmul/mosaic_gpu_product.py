@@ -34,7 +34,7 @@ from pallas_kernels.grouped_matmul.mosaic_gpu_ring import (
     tiled_buffers,
 )
 from pallas_kernels.grouped_matmul.schedule import row_tiles
-from pallas_kernels.hopper_overlap import multiply_while_storing
+from pallas_kernels.hopper_overlap import during_first_step, multiply_while_storing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def grouped_product(
                 step = lax.fori_loop(0, length, load(x_g, term_weights), step)
             return step
 
-        def consume(place, step, held):
+        def consume(place, ahead, step, held):
             (first_row, own, end, _), n, length = place
             row = first_row + warpgroup * wm
             length = length * terms
@@ -128,10 +128,12 @@ def grouped_product(
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(free.at[slot])
 
-                multiply_while_storing(length, one, stores(held, out_gs[0], tiled_s))
-                return tuple(a[...] for a in accumulators)
+                upcoming = during_first_step(length, one, ahead, place)
+                later = jnp.maximum(length - 1, 0)
+                multiply_while_storing(later, lambda i, store: one(i + 1, store), stores(held, out_gs[0], tiled_s))
+                return upcoming, tuple(a[...] for a in accumulators)
 
-            products = pl.run_scoped(multiply, *(plgpu.ACC((wm, bn), jnp.float32) for _ in range(parts)))
+            upcoming, products = pl.run_scoped(multiply, *(plgpu.ACC((wm, bn), jnp.float32) for _ in range(parts)))
             whole = (own <= row) & (row + wm <= end)
 
             def finished(value, out_g):
@@ -143,7 +145,7 @@ def grouped_product(
                 for store in stores(finished(value, out_g), out_g, tiled_s):
                     store()
             result = products[0] / (1 + jnp.exp(-products[0])) * products[1] if parts == 2 else products[0]
-            return step + length, finished(result, out_gs[0])
+            return upcoming, (step + length, finished(result, out_gs[0]))
 
         def finish(held):
             for store in stores(held, out_gs[0], tiled_s):

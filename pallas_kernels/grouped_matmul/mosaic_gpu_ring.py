@@ -47,9 +47,10 @@ def run_ring(items, lanes: int, slots: int, free, locate, produce, consume, firs
         lanes: CTAs that deal items among themselves.
         slots: Ring slots.
         free: Barrier array on which the consumers hand slots back; every completion is waited for, also those of the last slots.
-        locate: locate(item) -> place, scalars. Called one item ahead, so that its loads fly while the item before is multiplied.
+        locate: locate(item) -> place, scalars. Called one item ahead: its loads take as long as a step.
         produce: produce(place, step) -> step, on the producer; `step` counts ring slots used so far.
-        consume: consume(place, step, held) -> step, held, on both consumers; `held` is what the item leaves to the next one.
+        consume: consume(place, ahead, step, held) -> upcoming, (step, held), on both consumers; `held` is what the item leaves to the next one, `upcoming` the place
+            of the next, which ahead() finds. To be called while a product runs.
         first_held: first_held() -> what the first item finds.
         finish: finish(held), after the last item.
         life: Most items of a CTA; 0: no limit.
@@ -64,15 +65,14 @@ def run_ring(items, lanes: int, slots: int, free, locate, produce, consume, firs
     def run(role, state):
         def one(i, carry):
             place, state = carry
-            upcoming = locate(jnp.minimum(first + (i + 1) * lanes, items - 1))
-            return upcoming, role(place, *state)
+            return role(place, lambda: locate(jnp.minimum(first + (i + 1) * lanes, items - 1)), *state)
 
         return lax.fori_loop(0, mine, one, (locate(jnp.minimum(first, items - 1)), state))[1]
 
     @pl.when(warpgroup == PRODUCER)
     def _():
         plgpu.set_max_registers(40, action="decrease")
-        (step,) = run(lambda place, step: (produce(place, step),), (jnp.int32(0),))
+        (step,) = run(lambda place, ahead, step: (ahead(), (produce(place, step),)), (jnp.int32(0),))
         held = jnp.maximum(step - slots, 0)
         lax.fori_loop(held, step, lambda s, _: plgpu.barrier_wait(free.at[lax.rem(s, jnp.int32(slots))]), None)
 

@@ -30,7 +30,7 @@ from pallas_kernels.grouped_matmul.mosaic_gpu_ring import (
     tiled_buffers,
 )
 from pallas_kernels.grouped_matmul.schedule import ALIGN
-from pallas_kernels.hopper_overlap import multiply_while_storing
+from pallas_kernels.hopper_overlap import during_first_step, multiply_while_storing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
 
             return lax.fori_loop(0, length, load, step)
 
-        def consume(place, step, held):
+        def consume(place, ahead, step, held):
             start, end, row, column = place
             first, length = steps_of(start, end)
 
@@ -124,7 +124,7 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
                     piece[...] = jnp.where((row >= own) & (row < stop), value, jnp.zeros_like(value))
 
             def multiply(accumulator):
-                def one(i, prepare=None, store=None):
+                def one(i, store=None, prepare=None):
                     slot = lax.rem(step + i, jnp.int32(slots))
                     plgpu.barrier_wait(full.at[slot])
                     if prepare is not None:
@@ -150,14 +150,15 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
                         plgpu.barrier_wait(both)
 
                 # Foreign rows are in the first and the last step alone; the code that clears them is large, so the steps that store have none of it.
-                lax.fori_loop(0, jnp.minimum(length, 1), lambda i, _: one(i, clear_foreign), None)
+                first_one = functools.partial(one, prepare=clear_foreign)
+                upcoming = during_first_step(length, first_one, ahead, place)
                 between = jnp.maximum(length - 2, 0)
-                multiply_while_storing(between, lambda i, store: one(i + 1, store=store), stores(held, out_g, tiled_s))
-                lax.fori_loop(jnp.maximum(length - 1, 1), length, lambda i, _: one(i, clear_foreign), None)
-                return accumulator[...].astype(dtype)
+                multiply_while_storing(between, lambda i, store: one(i + 1, store), stores(held, out_g, tiled_s))
+                lax.fori_loop(jnp.maximum(length - 1, 1), length, lambda i, _: one(i, prepare=clear_foreign), None)
+                return upcoming, accumulator[...].astype(dtype)
 
-            value = pl.run_scoped(multiply, plgpu.ACC((wm, bn), jnp.float32))
-            return step + length, Tile(value, row + warpgroup * wm, column, jnp.bool_(True))
+            upcoming, value = pl.run_scoped(multiply, plgpu.ACC((wm, bn), jnp.float32))
+            return upcoming, (step + length, Tile(value, row + warpgroup * wm, column, jnp.bool_(True)))
 
         def finish(held):
             for store in stores(held, out_g, tiled_s):
