@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -147,5 +148,12 @@ def batch_shards(mesh: Mesh | AbstractMesh) -> int:
 
 
 def place(tree: Any, target: Any) -> Any:
-    """Puts a tree of arrays where a matching tree of shardings says."""
-    return jax.tree.map(jax.device_put, tree, target)
+    """Puts a tree of arrays where a matching tree of shardings says; an array that every process has becomes one of all."""
+
+    def put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+        if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+            return jax.device_put(leaf, sharding)
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+    return jax.tree.map(put, tree, target)

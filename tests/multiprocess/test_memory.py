@@ -117,8 +117,19 @@ def test_two_processes_are_one(two: pathlib.Path, one: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_goes_on_bitwise(two: pathlib.Path, folder: pathlib.Path) -> None:
-    tiny.assert_same(saved(run_several(folder, again(two, "resumed").name, HOST)), saved(two))
+def test_a_run_that_loses_a_process_goes_on_bitwise(two: pathlib.Path, folder: pathlib.Path) -> None:
+    """Process 1 is killed while its rows travel; process 0 ends by itself, however its threads wait for the other's ids."""
+    kill = ("at_step", 7, "signal_self", "SIGKILL")
+    assert run_all(*pair(folder, folder / "killed", (), kill, devices=2, **changes(HOST))) == [75, -9]
+    tiny.assert_same(saved(run_several(folder, "killed", HOST)), saved(two))
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_the_rows_of_another(two: pathlib.Path, folder: pathlib.Path) -> None:
+    kept = {"start_from__run": str(two), "train__steps": 5}
+    host, device = (run_several(folder, f"branch_{p.on_host}", p, **kept) for p in (HOST, OnDevice()))
+    assert losses(host) == losses(device) and losses(host)[0][1] < losses(two)[0][1]
+    tiny.assert_same(saved(host, 5), saved(device, 5))
 
 
 @pytest.mark.slow
