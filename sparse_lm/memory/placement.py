@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+import numpy as np
+
 from sparse_lm.config import Config
 from sparse_lm.memory.table import TableSpec
 
@@ -56,12 +58,23 @@ class OnHost(Placement):
         Args:
           spec: the table.
           addresses: of the batch, of all processes together.
-          full: whether it is the full program, in which all addresses may be one owner's.
+          full: whether it is the full program, which no batch outgrows.
           pieces: devices that an owner's rows are split over, which must divide them.
           owners: processes that keep rows of their own (`owners.py`).
         """
-        rows = min(spec.rows // owners, addresses if full else math.ceil(self.room * addresses / owners))
+        rows = most = most_rows(spec, addresses, owners)
+        if not full:
+            rows = min(most, math.ceil(self.room * addresses / owners))
         return -(-rows // pieces) * pieces
+
+
+def most_rows(spec: TableSpec, addresses: int, owners: int) -> int:
+    """Returns the most distinct rows that so many addresses can want of one owner: each head reads its own rows, one a token."""
+    ends_H = np.cumsum(spec.primes)
+    first_O1 = np.arange(owners)[:, None] * (spec.rows // owners)
+    below_OH = np.minimum(ends_H, first_O1 + spec.rows // owners)
+    kept_OH = below_OH - np.maximum(ends_H - np.array(spec.primes), first_O1)
+    return int(np.clip(kept_OH, 0, addresses // len(spec.primes)).sum(axis=1).max())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from sparse_lm.memory.engram import Engram
 from sparse_lm.memory.host_array import HostArray
 from sparse_lm.memory.memory import host_rows
 from sparse_lm.memory.owners import Owners, split
-from sparse_lm.memory.placement import OnHost
+from sparse_lm.memory.placement import OnHost, most_rows
 from sparse_lm.memory.row_optimizer import RowSGD
-from sparse_lm.memory.table import look_up, update
+from sparse_lm.memory.table import TableSpec, look_up, update
 from sparse_lm.memory.working_set import wanted_rows
 
 STEP = tiny.jit(update, static_argnums=0)
@@ -62,6 +62,18 @@ def test_places_and_rows_by_hand() -> None:
     spec = Engram(at=(0,), heads=1, orders=(1,), width=4, rows=2000).tables()["0"]
     # 100 addresses: 50 of room, 25 at each of two owners, which two pieces make 26; all 100 may be one owner's.
     assert (placement.size(spec, 100, False, 2, 2), placement.size(spec, 100, True, 2, 2)) == (26, 100)
+
+
+def test_the_most_rows_of_an_owner_by_hand() -> None:
+    """Heads of 101, 103 and 107 rows, 512 in all, so 128 to each of four owners, and 60 tokens of three addresses.
+
+    The first owner keeps all of head 0 and 27 rows of head 1: at most 60 + 27. The second has 76 of head 1 and 52 of head 2: 60 + 52.
+    The third has the last 55 of head 2. One owner of all is asked for 3 * 60, and for 311 where every row may be read.
+    """
+    spec = TableSpec((101, 103, 107), 4, jnp.float32, RowSGD(), 0.0)
+    assert spec.rows == 512
+    assert [most_rows(spec, 180, owners) for owners in (4, 1)] == [112, 180]
+    assert most_rows(spec, 3000, 1) == 311
 
 
 def test_a_table_held_in_parts() -> None:
