@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.paired import interval
 from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.pipeline import DataConfig
 from sparse_lm.model.definition import Definition
@@ -26,6 +27,8 @@ from sparse_lm.train.step import PULSE, Train, build_step
 from sparse_lm.train.validation import MODEL_ARRAYS, document_losses
 from sparse_lm.weight_sparsity.door import NoSparsity, WeightSparsity
 
+POINTS = 400
+"""Most points of a training curve that are kept."""
 WATCH_EVERY = 10
 """Steps between two of those whose watched numbers are kept; the last step's always are."""
 LOWERING = threading.Lock()
@@ -177,3 +180,20 @@ class Arm:
 
 def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def outcome(tuned: dict[str, Any], losses_P: np.ndarray) -> dict[str, Any]:
+    """Returns what every report's row has of a tuned arm: its rate, how it was found, and the held-out losses of its seeds."""
+    return {
+        "learning_rate": tuned["rate"],
+        "learning_rate_at_edge": tuned["edge"],
+        "tuning": tuned["losses"],
+        "losses": losses_P.tolist(),
+        "loss": interval(losses_P),
+    }
+
+
+def thinned(curve: np.ndarray) -> list[list[float]]:
+    """Returns [[step, loss], ...]: means over equal stretches of a curve."""
+    pieces = np.array_split(np.arange(len(curve)), min(POINTS, len(curve)))
+    return [[float(piece.mean()), float(curve[piece].mean())] for piece in pieces]

@@ -25,9 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.comparison import Arm
+from experiments.comparison import Arm, outcome, thinned
 from experiments.masked_report import write
-from experiments.paired import interval
 from experiments.population import population_small
 from experiments.smoke import shrink
 from sparse_lm.data.packaged import Packaged
@@ -124,17 +123,11 @@ def result(arm: Arm, batches: list[Any], dataset: Any, data: DataConfig, validat
     final = arm.run(SEEDS, [tuned["factor"]] * len(SEEDS), batches)
     losses = arm.held_out(final.state, dataset, data, validation_tokens)
     everything, present = parameters(arm)
-    sparsity, every = final.state.sparsity, max(1, len(batches) // 200)
-    whole = len(batches) // every * every
+    sparsity = final.state.sparsity
     tokens = len(SEEDS) * len(batches) * math.prod(arm.shape)
     return {
-        "learning_rate": tuned["rate"],
-        "learning_rate_at_edge": tuned["edge"],
-        "tuning": tuned["losses"],
-        "losses": losses.tolist(),
-        "loss": interval(losses),
-        "curve": np.round(final.losses_SP[:whole].mean(-1).reshape(-1, every).mean(-1), 4).tolist(),
-        "curve_every": every,
+        **outcome(tuned, losses),
+        "curve": thinned(final.losses_SP.mean(-1)),
         "density": density(jax.jit(jax.vmap(arm.sparsifier.numbers))(sparsity) if sparsity else {}),
         "parameters": everything,
         "nonzeros": present,
@@ -150,7 +143,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, for a CPU")
     parser.add_argument("--seconds", type=float, default=math.inf, help="arms whose turn would come too late wait")
     parser.add_argument("--steps", type=int, help="steps of each run")
-    parser.add_argument("--arms", nargs="*", help="arms to run; default all")
+    parser.add_argument("--arms", nargs="*", choices=tuple(arms(SMOKE)), help="arms to run; default all")
     parser.add_argument("--data-directory", default="data", help="where prepared data is kept")
     options = parser.parse_args()
     began = time.perf_counter()

@@ -3,8 +3,7 @@
 import pathlib
 from typing import Any
 
-import numpy as np
-
+from experiments.comparison_figure import draw_curves, draw_losses
 from experiments.paired import paired
 
 ORDERINGS = (
@@ -56,18 +55,18 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"The model of `population_small`, density {setup['density']} in every matrix but embedding and head, {report['tokens'] / 1e6:.2f} M tokens a member "
         f"({report['unique_tokens'] / 1e6:.2f} M unique), {setup['steps']} steps of {setup['batch']} x {setup['length']} tokens, schedules finished. {seeds} paired seeds "
-        f"at a learning rate tuned on {tuning_seeds} other seeds over {len(next(iter(results.values()))['tuning'])} rates. Loss: nats a token on held-out text, mean and "
+        f"at a learning rate tuned on {tuning_seeds} other seeds over the rates tried. Loss: nats a token on held-out text, mean and "
         f"95% interval over seeds. ste and magnitude: cubic schedule to three quarters of the run; rigl and set: exchanges every {setup['every']} steps, 0.3 of the weights "
         "falling as a cosine. Masked arms begin with the dense model's initial values under the mask.",
         "",
-        "| arm | learning rate | held-out loss | parameters | not zero | tokens/s, all members |",
-        "| --- |" + " ---: |" * 5,
+        "| arm | learning rate | rates tried | held-out loss | parameters | not zero | tokens/s, all members |",
+        "| --- |" + " ---: |" * 6,
     ]
     for name, row in sorted(results.items(), key=lambda item: item[1]["loss"][0]):
         mean, half = row["loss"]
         edge = " (edge)" if row["learning_rate_at_edge"] else ""
         lines.append(
-            f"| {name} | {row['learning_rate']:.1e}{edge} | {mean:.4f} ± {half:.4f} | {row['parameters'] / 1e6:.2f} M | {row['nonzeros'] / 1e6:.2f} M | "
+            f"| {name} | {row['learning_rate']:.1e}{edge} | {', '.join(row['tuning'])} | {mean:.4f} ± {half:.4f} | {row['parameters'] / 1e6:.2f} M | {row['nonzeros'] / 1e6:.2f} M | "
             f"{row['tokens_per_s']:,.0f} |"
         )
     for title, pairs in (("Orderings of the literature", ORDERINGS), ("Other pairs", OTHERS)):
@@ -94,22 +93,9 @@ def picture(report: dict[str, Any], path: pathlib.Path) -> None:
 
     frame = Figure(figsize=(10, 4), layout="constrained")
     left, right = frame.subplots(1, 2)
-    ordered = sorted(report["results"].items(), key=lambda item: item[1]["loss"][0])
-    for y, (name, row) in enumerate(ordered):
-        mean, half = row["loss"]
-        left.errorbar(mean, y, xerr=half, fmt="o", color=f"C{y}", capsize=3)
-        left.plot(row["losses"], [y + 0.18] * len(row["losses"]), "|", color=f"C{y}", alpha=0.6)
-        curve = np.array(row["curve"])
-        window = max(1, len(curve) // 40)
-        smooth = np.convolve(curve, np.ones(window) / window, "valid")
-        right.plot((np.arange(len(smooth)) + window) * row["curve_every"], smooth, color=f"C{y}", label=name)
-    left.set_yticks(range(len(ordered)), [name for name, _ in ordered])
-    left.invert_yaxis()
-    left.set_xlabel("held-out loss, nats a token; bars: 95% over seeds, ticks: seeds")
-    right.set_xlabel("step")
-    right.set_ylabel("training loss, mean of seeds")
-    right.set_ylim(top=float(np.percentile([row["curve"] for _, row in ordered], 90)))
-    right.legend(fontsize=8)
+    rows = sorted(report["results"].items(), key=lambda item: item[1]["loss"][0])
+    draw_losses(left, rows)
+    draw_curves(right, rows)
     frame.savefig(path)
 
 

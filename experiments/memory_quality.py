@@ -24,11 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.comparison import Arm
+from experiments.comparison import Arm, outcome, thinned
 from experiments.memory_arms import KINDS, Sizes, models, numbers
 from experiments.memory_data import HeldOut, by_frequency, by_truth, packaged, synthetic, training_batches
 from experiments.memory_report import write
-from experiments.paired import interval
 from sparse_lm.data.pipeline import Batch, prepare
 from sparse_lm.memory.ngram import NgramMemory
 from sparse_lm.model.definition import define, with_classes
@@ -39,8 +38,6 @@ from sparse_lm.train.step import Train
 TUNING_SEEDS, SEEDS = (100, 101), tuple(range(8))
 MULTIPLIERS = (0.25, 0.5, 1.0, 2.0)
 """Of the learning rate; with each tuning seed as many members as there are seeds."""
-POINTS = 400
-"""Most points of a training curve that are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +81,6 @@ def sorted_tokens(source: str, arm: Arm, setup: Setup, dataset: Any, data: Any, 
     return by_frequency(dataset, data, setup.validation_tokens, hashing, memory.orders[-1], training)
 
 
-def thinned(curve: np.ndarray) -> list[list[float]]:
-    """Returns [[step, loss], ...]: means over equal stretches of a curve."""
-    pieces = np.array_split(np.arange(len(curve)), min(POINTS, len(curve)))
-    return [[float(piece.mean()), float(curve[piece].mean())] for piece in pieces]
-
-
 def result(arm: Arm, batches: list[Any], held_out: HeldOut, tokens: int) -> dict[str, Any]:
     """Tunes, trains and evaluates one arm; returns its row."""
     start = time.perf_counter()
@@ -101,11 +92,7 @@ def result(arm: Arm, batches: list[Any], held_out: HeldOut, tokens: int) -> dict
     by_domain, by_kind = nats_PDK.sum(2) / tokens_DK.sum(1), nats_PDK.sum(1) / np.maximum(tokens_DK.sum(0), 1)
     losses = nats_PDK.sum((1, 2)) / tokens_DK.sum()
     return {
-        "learning_rate": tuned["rate"],
-        "learning_rate_at_edge": tuned["edge"],
-        "tuning": tuned["losses"],
-        "losses": losses.tolist(),
-        "loss": interval(losses),
+        **outcome(tuned, losses),
         "domains": {name: by_domain[:, i].tolist() for i, name in enumerate(held_out.domains)},
         "kinds": {name: by_kind[:, i].tolist() for i, name in enumerate(held_out.kinds)},
         "curve": thinned(final.losses_SP.mean(1)),

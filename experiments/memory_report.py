@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.comparison_figure import draw_losses
 from experiments.paired import interval, paired
 
 PAIRS = (
@@ -138,14 +139,7 @@ def picture(report: dict[str, Any], path: pathlib.Path) -> None:
 
     frame = Figure(figsize=(11, 4), layout="constrained")
     left, right = frame.subplots(1, 2)
-    ordered = sorted(report["results"].items(), key=lambda item: item[1]["loss"][0])
-    for y, (_, row) in enumerate(ordered):
-        mean, half = row["loss"]
-        left.errorbar(mean, y, xerr=half, fmt="o", color=f"C{y}", capsize=3)
-        left.plot(row["losses"], [y + 0.18] * len(row["losses"]), "|", color=f"C{y}", alpha=0.6)
-    left.set_yticks(range(len(ordered)), [name for name, _ in ordered])
-    left.invert_yaxis()
-    left.set_xlabel("held-out loss, nats a token; bars: 95% over seeds, ticks: seeds")
+    draw_losses(left, sorted(report["results"].items(), key=lambda item: item[1]["loss"][0]))
     found = [one for one in split(report) if (one["arm"], one["other"]) in GAINS]
     for i, name in enumerate(found[0]["gains"] if found else ()):
         means, halves = zip(*(one["gains"][name]["difference"] for one in found))

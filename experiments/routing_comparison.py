@@ -27,8 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.comparison import Arm, Trained
-from experiments.paired import interval
+from experiments.comparison import Arm, Trained, outcome, thinned
 from experiments.routing_report import compare, write
 from sparse_lm.accounting import account, measured_in
 from sparse_lm.data.packaged import Packaged
@@ -147,12 +146,8 @@ def summary(
     flops = [account(model, length, measured=measured_in(row)).train_flops for row in rows]
     return {
         "causal": is_causal(model.feed_forward_of(0)),
-        "learning_rate": tuned["rate"],
-        "learning_rate_at_edge": tuned["edge"],
-        "tuning": tuned["losses"],
-        "losses": validation.tolist(),
-        "loss": interval(validation),
-        "curve": final.losses_SP.mean(-1).tolist(),
+        **outcome(tuned, validation),
+        "curve": thinned(final.losses_SP.mean(-1)),
         "max_violation": mean("max_violation"),
         "dropped": mean("dropped"),
         "experts_per_token": mean("experts_per_token"),
@@ -192,7 +187,7 @@ def main() -> int:
         help="most seconds in all: routers whose turn would come too late are left out, and said",
     )
     parser.add_argument("--steps", type=int, help="steps of each run")
-    parser.add_argument("--routers", nargs="*", help="arms to run; default all")
+    parser.add_argument("--routers", nargs="*", choices=tuple(arms(SMOKE)), help="arms to run; default all")
     parser.add_argument("--data-directory", default="data", help="where prepared data is kept")
     parser.add_argument("--join", nargs="+", type=pathlib.Path, help="make the table of these folders' results instead")
     options = parser.parse_args()

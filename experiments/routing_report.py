@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.comparison_figure import draw_curves, draw_losses
 from experiments.paired import interval
 
 BASELINE = "top_k"
@@ -70,24 +71,9 @@ def picture(report: dict[str, Any], path: pathlib.Path) -> None:
     frame = Figure(figsize=(10, 4), layout="constrained")
     left, right = frame.subplots(1, 2)
     ordered = sorted(report["results"].items(), key=lambda item: (not item[1]["causal"], item[1]["loss"][0]))
-    for y, (name, row) in enumerate(ordered):
-        colour = f"C{y}"
-        mean, half = row["loss"]
-        left.errorbar(mean, y, xerr=half, fmt="o" if row["causal"] else "s", color=colour, capsize=3)
-        left.plot(row["losses"], [y + 0.18] * len(row["losses"]), "|", color=colour, alpha=0.6)
-        curve = np.array(row["curve"])
-        window = max(1, len(curve) // 40)
-        smooth = np.convolve(curve, np.ones(window) / window, "valid")
-        right.plot(
-            np.arange(len(smooth)) + window, smooth, color=colour, label=name, linestyle="-" if row["causal"] else "--"
-        )
-    left.set_yticks(range(len(ordered)), [name if row["causal"] else f"{name} (not causal)" for name, row in ordered])
-    left.invert_yaxis()
-    left.set_xlabel("held-out loss, nats a token; bars: 95% over seeds, ticks: seeds")
-    right.set_xlabel("step")
-    right.set_ylabel("training loss, mean of seeds")
-    right.set_ylim(top=float(np.percentile([row["curve"] for _, row in ordered], 90)))
-    right.legend(fontsize=8)
+    rows = [(name if row["causal"] else f"{name} (not causal)", row) for name, row in ordered]
+    draw_losses(left, rows, lambda row: "o" if row["causal"] else "s")
+    draw_curves(right, rows, lambda row: "-" if row["causal"] else "--")
     frame.savefig(path)
 
 

@@ -27,8 +27,7 @@ def test_the_table_has_what_there_is(tmp_path) -> None:
             "learning_rate": 1.0,
             "learning_rate_at_edge": True,
             "tuning": {"1": 1.0},
-            "curve_every": 1,
-            "curve": [3.0, 2.0],
+            "curve": [[0.0, 3.0], [1.0, 2.0]],
         }
         sizes = {"parameters": 10, "nonzeros": 5, "tokens_per_s": 1.0}
         return {"losses": losses, "loss": interval(np.array(losses)), **shared, **sizes}
@@ -41,7 +40,7 @@ def test_the_table_has_what_there_is(tmp_path) -> None:
     head = {"device": "cpu", "jax": "0", "date": "today", "command": "x", "setup": setup, "seeds": [2, 5]}
     write({**head, "tokens": 10, "unique_tokens": 20, "results": results}, tmp_path)
     table = (tmp_path / "masked_orderings.md").read_text()
-    assert "| dense | 1.0e+00 (edge) | 1.2200 ± " in table and "| dense < ste | +0.9800 ± " in table
+    assert "| dense | 1.0e+00 (edge) | 1 | 1.2200 ± " in table and "| dense < ste | +0.9800 ± " in table
     assert "rigl" not in table.split("##")[1] and (tmp_path / "masked_orderings.svg").stat().st_size > 1000
 
 

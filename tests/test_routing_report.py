@@ -15,7 +15,7 @@ def row(losses: list[float], causal: bool = True) -> dict:
     zeros = dict.fromkeys(("learning_rate", "flops_per_token", "tokens_per_s"), 1.0)
     nothing = dict.fromkeys(("experts_per_token", "max_violation", "dropped"))
     loss = interval(np.array(losses))
-    edge = {"learning_rate_at_edge": False, "curve": [3.0, 2.0]}
+    edge = {"learning_rate_at_edge": False, "curve": [[0.0, 3.0], [1.0, 2.0]]}
     return {"causal": causal, "losses": losses, "loss": loss, **zeros, **nothing, **edge}
 
 
