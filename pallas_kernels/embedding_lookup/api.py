@@ -16,21 +16,29 @@ import jax.custom_batching
 import jax.numpy as jnp
 
 from pallas_kernels.backend import Backend, dispatch, vary_together
-from pallas_kernels.embedding_lookup import float8_rows, mosaic_tpu, reference, triton, xla
+from pallas_kernels.embedding_lookup import float8_rows, host, mosaic_tpu, reference, triton, xla
+
+
+def _anything(shapes, dtypes, device_kind):
+    return None
+
+
+BACKENDS = (
+    Backend("triton", ("cuda",), triton.supports, triton.lookup),
+    # By name only: it has been compiled, but never timed beside XLA's gather.
+    Backend("mosaic_tpu", ("tpu",), mosaic_tpu.supports, mosaic_tpu.lookup, False),
+    Backend("xla", None, _anything, xla.lookup),
+    Backend("reference", None, _anything, reference.lookup, False),
+)
+OF_HOST_TABLES = (
+    Backend("triton", ("cuda",), triton.supports, triton.lookup),
+    Backend("xla", None, _anything, host.lookup),
+)
 
 
 @functools.cache
-def _operation(backend: str | None):
-    def anything(shapes, dtypes, device_kind):
-        return None
-
-    backends = (
-        Backend("triton", ("cuda",), triton.supports, triton.lookup),
-        # By name only: it has been compiled, but never timed beside XLA's gather.
-        Backend("mosaic_tpu", ("tpu",), mosaic_tpu.supports, mosaic_tpu.lookup, False),
-        Backend("xla", None, anything, xla.lookup),
-        Backend("reference", None, anything, reference.lookup, False),
-    )
+def _operation(backend: str | None, on_host: bool):
+    backends = OF_HOST_TABLES if on_host else BACKENDS
 
     @jax.custom_batching.custom_vmap
     def lookup(table_RD, address_A):
@@ -70,9 +78,12 @@ def embedding_lookup(table: jax.Array, address: jax.Array, *, backend: str | Non
     """Rows of a table.
 
     Args:
-        table: [R, D] of a floating dtype, or uint32 [R, W]: float8 rows with scales, packed by :func:`float8_rows.pack`.
+        table: [R, D] of a floating dtype, or uint32 [R, W]: float8 rows with scales, packed by :func:`float8_rows.pack`. It may lie in
+            the memory of the host (``jax.device_put`` to a sharding of memory kind "pinned_host"): rows then travel as they are read, and
+            there is no gradient.
         address: int32 [...]. Addresses below 0 and from R on are of no row.
-        backend: "triton", "mosaic_tpu", "xla", "reference", or None for the best one on each platform.
+        backend: "triton", "mosaic_tpu", "xla", "reference" (the first or third for a table of the host), or None for the best one on each
+            platform.
 
     Returns:
         [..., D] in the table's dtype, bfloat16 for packed rows (exactly what is stored); zeros for addresses of no row. The gradient of a
@@ -81,7 +92,7 @@ def embedding_lookup(table: jax.Array, address: jax.Array, *, backend: str | Non
     Raises:
         ValueError: shapes or dtypes do not fit, or `backend` is unknown or unsupported.
     """
-    table, address = jnp.asarray(table), jnp.asarray(address)
+    table, address = table if isinstance(table, jax.Array) else jnp.asarray(table), jnp.asarray(address)
     if table.ndim != 2:
         raise ValueError(f"table has shape {table.shape}: expected [rows, width].")
     packed = table.dtype == jnp.uint32
@@ -93,5 +104,5 @@ def embedding_lookup(table: jax.Array, address: jax.Array, *, backend: str | Non
     count = math.prod(address.shape)
     if not count or not table.shape[0]:
         return jnp.zeros((*address.shape, width), jnp.bfloat16 if packed else table.dtype)
-    rows_AD = _operation(backend)(*vary_together(table, address.reshape(-1)))
+    rows_AD = _operation(backend, host.lies_on_host(table))(*vary_together(table, address.reshape(-1)))
     return rows_AD.reshape(*address.shape, width)

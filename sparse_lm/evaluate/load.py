@@ -104,7 +104,7 @@ def open_run(run_dir: pathlib.Path, *, step: int | None = None) -> Loaded:
     state = _stacked(model_state, definition.state_shapes, axis, origin)
     check_addresses(definition, tables, origin)
     if on_host:
-        tables = {**tables, "rows": {name: HostArray(rows) for name, rows in tables["rows"].items()}}
+        tables = {**tables, "rows": {name: HostArray(rows).readable() for name, rows in tables["rows"].items()}}
     state = with_tables(state, tables)
     return Loaded(run_dir, recipe, dataset, definition, source.step, params, state, recipe.population, averaged)
 

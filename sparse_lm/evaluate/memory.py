@@ -15,7 +15,6 @@ import numpy as np
 from sparse_lm.data.pipeline import train_stream, validation_batches
 from sparse_lm.evaluate.load import Loaded
 from sparse_lm.memory.hashing import Hash, addresses_on_host, suffixes
-from sparse_lm.memory.host_array import HostArray
 from sparse_lm.memory.ngram import NgramMemory
 from sparse_lm.model.cudnn_attention import documents_bucket
 from sparse_lm.model.definition import for_documents
@@ -42,11 +41,11 @@ def memory_of(loaded: Loaded) -> NgramMemory:
 
 
 def without_memory(loaded: Loaded) -> Loaded:
-    """Returns the run with every row of its tables zero, as if no n-gram had been seen."""
+    """Returns the run as if no n-gram had been seen: tables without rows, of which every address reads zeros."""
     memory_of(loaded)
     tables = loaded.model_state["tables"]
-    rows = {n: r.zeros() if isinstance(r, HostArray) else jnp.zeros_like(r) for n, r in tables["rows"].items()}
-    zeroed = {**tables, "rows": rows}
+    none = {name: np.zeros((*rows.shape[:-2], 0, rows.shape[-1]), rows.dtype) for name, rows in tables["rows"].items()}
+    zeroed = {**tables, "rows": none}
     return dataclasses.replace(loaded, model_state={**loaded.model_state, "tables": zeroed})
 
 

@@ -1,18 +1,12 @@
 """Arrays in host memory as part of a state: JAX's transformations carry them along whole and never copy them to a device.
 
-Legend: B batch, L length, H heads, R rows, D row width, X = H * D.
+Legend: R rows, D row width.
 """
 
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh
+from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
-
-from pallas_kernels.embedding_lookup import unpack
-from sparse_lm.parallel.rules import split_tokens
 
 
 def as_records(rows_RD: np.ndarray) -> np.ndarray:
@@ -75,25 +69,10 @@ class HostArray:
         own = values_RD if self.whole else values_RD[self._first : self._first + len(self.values)].copy()
         return HostArray(own, self._total, self._first)
 
-    def look_up(self, address_BLH: jax.Array, mesh: AbstractMesh | None = None) -> jax.Array:
-        """Returns what `table.look_up` does, fetched while the program runs; for evaluation and generation, it has no gradient.
+    def readable(self) -> jax.Array:
+        """Returns a copy, still in host memory, that programs of the first device read rows of, for evaluation and generation.
 
-        On a mesh every device asks for the rows of its own tokens. All rows must be here.
+        All rows must be here.
         """
-        assert self.whole, "a table of several processes is read through a working set"
-        if mesh is not None:
-            tokens = split_tokens(address_BLH.shape[0], address_BLH.shape[1], mesh).spec(None)
-            return jax.shard_map(self.look_up, mesh=mesh, in_specs=tokens, out_specs=tokens, check_vma=False)(
-                address_BLH
-            )
-        batch, length, heads = address_BLH.shape
-        shape = jax.ShapeDtypeStruct((batch, length, heads, self.shape[1]), self.dtype)
-        found = jax.pure_callback(self._rows, shape, address_BLH)
-        return (unpack(found) if self.dtype == jnp.uint32 else found).reshape(batch, length, -1)
-
-    def _rows(self, address_BLH: Any) -> np.ndarray:
-        address_A = np.asarray(address_BLH).reshape(-1)
-        records_A = np.take(self.records(), address_A, mode="clip")
-        found_AD = records_A.view(self.dtype).reshape(len(address_A), -1)
-        found_AD[address_A >= self.shape[0]] = 0
-        return found_AD.reshape(*address_BLH.shape, -1)
+        assert self.whole, "other processes have the other rows"
+        return jax.device_put(self.values, SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"))

@@ -174,9 +174,7 @@ class HostTables:
         concurrent.futures.wait(self._waiting)
 
     def reading(self, model_state: Tree, batch: dict[str, np.ndarray]) -> Tree:
-        """See Tables.reading: tables of one process are looked up as they are, of several a batch reads its working set."""
-        if not self._mesh.is_multi_process:
-            return model_state
+        """See Tables.reading: a batch reads its working set."""
         wanted, rows = self._found(batch), {}
         for name, held in self._tables["rows"].items():
             out = np.zeros((wanted.sizes[name], *held.shape[1:]), held.dtype)

@@ -183,8 +183,8 @@ def fetch(
 ) -> tuple[Tree, Tree]:
     """Looks up every table.
 
-    Tables in host memory are looked up there while the program runs. A step of training gets their working set instead, in which
-    "places" stand for addresses (`working_set.py`).
+    A table may lie in the memory of the host (`HostArray.readable`). Steps and validation of training get its working set instead, in
+    which "places" stand for addresses (`working_set.py`).
 
     Returns:
       ({table: rows [B, L, X]}, {table: addresses int32 [B, L, H]}).
@@ -199,10 +199,11 @@ def fetch(
     mesh, rows = current(), {}
     for name in memory.tables():
         table = tables["rows"][name]
+        assert not isinstance(table, HostArray), (
+            "tables in host memory are read through a working set, or made readable"
+        )
         axes = row_axes(table.shape[0], mesh)
-        if isinstance(table, HostArray):
-            rows[name] = table.look_up(found[name], mesh)
-        elif mesh is None or not axes:
+        if mesh is None or not axes:
             rows[name] = look_up(table, found[name])
         else:
             rows[name] = look_up_sharded(mesh, axes, table, found[name])

@@ -179,6 +179,7 @@ def time_generation(
     state = session.create()
     touch(state.tables)
     held = {name: state.tables[name] for name in ("address", "rows") if name in state.tables}
+    held = jax.tree.map(lambda leaf: leaf.readable() if _is_host(leaf) else leaf, held, is_leaf=_is_host)
     model_state = {**state.model_state, "tables": held} if held else state.model_state
     generator = Generator(session.definition, state.params, model_state, recipe.model.vocab_size - 1)
     texts = word_tokens(recipe.model.vocab_size - 1, batch * prompt).reshape(batch, prompt)

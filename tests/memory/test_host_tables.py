@@ -166,11 +166,14 @@ def test_stale_rows_lose_the_update_before_the_last() -> None:
 def test_a_lookup_in_host_memory() -> None:
     rows = np.arange(12, dtype=np.float32).reshape(4, 3)
     address = jnp.array([[[0, 4], [3, 1]]], jnp.int32)  # 4 is no row
-    found = tiny.jit(lambda held, a: held["rows"].look_up(a))({"rows": HostArray(rows)}, address)
+    held = HostArray(rows).readable()
+    assert held.sharding.memory_kind == "pinned_host"
+    found = tiny.jit(look_up)(held, address)
+    assert found.sharding.memory_kind != "pinned_host"
     tiny.assert_same({"": found}, {"": look_up(jnp.asarray(rows), address)})
     assert np.asarray(found).tolist() == [[[0, 1, 2, 0, 0, 0], [9, 10, 11, 3, 4, 5]]]
     packed = tiny.jit(pack)(jnp.arange(16, dtype=jnp.float32).reshape(4, 4))
-    found = tiny.jit(lambda held, a: held["rows"].look_up(a))({"rows": HostArray(np.asarray(packed))}, address)
+    found = tiny.jit(look_up)(HostArray(np.asarray(packed)).readable(), address)
     assert np.asarray(found, np.float32).tolist() == [[[0, 1, 2, 3, 0, 0, 0, 0], [12, 13, 14, 15, 4, 5, 6, 7]]]
 
 

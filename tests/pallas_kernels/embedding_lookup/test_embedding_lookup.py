@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels import embedding_lookup as operation
 from pallas_kernels import triton_call
@@ -14,6 +15,10 @@ from pallas_kernels.embedding_lookup import embedding_lookup, row_width, row_wor
 
 pack, unpack = jax.jit(operation.pack), jax.jit(operation.unpack, static_argnums=1)
 ADDRESS = np.array([[3, 0, 6], [7, -1, 2**31 - 1], [-(2**31), 6, 3]], np.int32)
+
+
+def on_host(table: jax.Array) -> jax.Array:
+    return jax.device_put(table, SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"))
 
 
 def table(dtype: str, width: int = 36, rows: int = 7) -> jax.Array:
@@ -33,6 +38,14 @@ def test_rows_and_zeros_outside_the_table(dtype: str) -> None:
     np.testing.assert_array_equal(np.asarray(found.astype(jnp.float32)), expected)
     plain = embedding_lookup(rows, jnp.asarray(ADDRESS), backend="reference")
     assert plain.dtype == found.dtype and (plain == found).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "packed"])
+def test_a_table_in_host_memory_gives_the_same_rows_on_the_device(dtype: str) -> None:
+    rows, address = table(dtype), jnp.asarray(ADDRESS)
+    found = jax.jit(embedding_lookup)(on_host(rows), address)
+    assert found.sharding.memory_kind == jax.devices()[0].default_memory().kind
+    assert (found == embedding_lookup(rows, address)).all()
 
 
 def test_members_with_tables_of_their_own_and_with_one() -> None:
@@ -149,6 +162,9 @@ def test_lookup_on_the_device(dtype: str, width: int) -> None:
     address = jnp.asarray(np.random.default_rng(2).integers(-5, 1005, 777), jnp.int32)
     found, expected = (embedding_lookup(rows, address, backend=b) for b in ("triton", "reference"))
     assert found.dtype == expected.dtype and (found == expected).all()
+    for backend in ("triton", "xla"):
+        found = embedding_lookup(on_host(rows), address, backend=backend)
+        assert found.sharding.memory_kind == "device" and (found == expected).all()
 
 
 @installed
