@@ -6,19 +6,19 @@ features. The tables hold density classes, not shapes.
 
 INFINITE = 1 << 30
 
-TILES: dict[str, dict[str, list[tuple[int, dict]]]] = {
-    "NVIDIA H100 80GB HBM3": {
-        "product": [
-            (8, {"width": 2, "stages": 3, "stores": 4, "swapped": False}),
-            (INFINITE, {"width": 4, "swapped": True}),
-        ],
-        "product_transposed": [
-            (8, {"width": 2, "stages": 3, "stores": 4, "swapped": True}),
-            (16, {"width": 2, "swapped": True}),
-            (INFINITE, {"width": 4, "swapped": True}),
-        ],
-        "sampled_product": [(INFINITE, {"split": True})],
-    },
+H100: dict[str, list[tuple[int, dict]]] = {
+    "product": [
+        (8, {"width": 2, "stages": 3, "stores": 4, "swapped": False}),
+        (INFINITE, {"width": 4, "swapped": True}),
+    ],
+    "product_transposed": [
+        (8, {"width": 2, "stages": 3, "stores": 4, "swapped": True}),
+        (16, {"width": 2, "swapped": True}),
+        (INFINITE, {"width": 4, "swapped": True}),
+    ],
+    "sampled_product": [(INFINITE, {"split": True})],
 }
+# An H200 is the same chip with faster memory.
+TILES = {"NVIDIA H100 80GB HBM3": H100, "NVIDIA H200": H100}
 
 DEFAULT_KIND = "NVIDIA H100 80GB HBM3"

@@ -12,6 +12,7 @@ from pallas_kernels.block_sparse_matmul.tuned_tiles import DEFAULT_KIND, TILES
 
 DEFAULT_MULTIPROCESSORS = 132  # H100 SXM, H200
 STEP = 64  # contracted features of one ring slot
+SLAB_BYTES = 16 << 20  # most of x that stays in the L2 cache while W streams by
 
 _said: set[str] = set()
 
@@ -61,6 +62,8 @@ def product_tile(rows: int, topology, transposed: bool):
     fields = dict(tuned("product_transposed" if transposed else "product", steps_per_tile(topology, transposed)))
     if rows <= 128:
         return ProductTile(rows=128, width=1)
+    contracted = topology.features_out if transposed else topology.features_in
+    fields["width"] = max(1, min(fields["width"], SLAB_BYTES // (256 * contracted * 2)))
     block_out = topology.block_in if transposed else topology.block_out
     if block_out == 64:
         fields["swapped"] = False  # half of 64 columns is too narrow for a store

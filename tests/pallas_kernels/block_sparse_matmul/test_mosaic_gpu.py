@@ -82,7 +82,7 @@ def test_every_form_of_the_product_tile(interpret, fields, transposed):
 @pytest.mark.parametrize("block", [pytest.param(64, marks=pytest.mark.slow), 128])
 @pytest.mark.parametrize(
     ("operation", "fields"),
-    [(name, fields) for table in TILES.values() for name, entries in table.items() for _, fields in entries],
+    [(name, fields) for name, entries in TILES[tuning.DEFAULT_KIND].items() for _, fields in entries],
 )
 def test_every_tuned_tiling_lowers_for_cuda(operation, fields, block):
     from pallas_kernels.block_sparse_matmul.mosaic_gpu_product import ProductTile
@@ -128,6 +128,14 @@ def test_an_unknown_device_gets_the_default_tilings_and_says_so_once(monkeypatch
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a second warning would be raised
         assert tuning.tuned("product", 4) == first
+
+
+def test_a_slab_of_wide_inputs_has_fewer_rows():
+    """Slabs of 4 tiles of 256 rows hold 16 MiB of 8192 features in 16 bits; of 16384 features they would hold 32 MiB."""
+    mask = np.zeros((64, 128), bool)
+    mask[:16] = True  # 16 blocks of 128 a column: 32 steps of 64
+    wide = topology_from_mask(mask, 128, 128)
+    assert [tuning.product_tile(4096, wide, transposed).width for transposed in (False, True)] == [4, 2]
 
 
 @pytest.mark.gpu
