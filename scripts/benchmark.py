@@ -1,8 +1,10 @@
 """Benchmarks: `kernels` times kernels against dense products and other libraries, `tune` finds tilings, `train` times a recipe,
+`compare` times the steps of several recipes in turn,
 `routing` times a mixture-of-experts layer,
 `memory` times tables of several sizes, `checkpoint` saves and restores, `scaling` compares all devices with one.
 
 python scripts/benchmark.py train dense_400m --loop-steps 60 --json docs/benchmarks/training.json
+python scripts/benchmark.py compare wide_dense wide_sparse_25 wide_sparse_10 --json docs/benchmarks/wide_sparse_h200.json
 python scripts/benchmark.py routing --json docs/benchmarks/routing_h100.json
 python scripts/benchmark.py memory quickstart --with memory=engram --with row_optimizer=row_adagrad
 python scripts/benchmark.py scaling dense_1b --json docs/benchmarks/scaling.json
@@ -17,6 +19,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -83,6 +86,30 @@ def training(arguments: list[str]) -> None:
     if options.loop_steps and options.save_every:
         saving = time_loop(recipe, steps=options.loop_steps, save_every=options.save_every)
         report(f"{recipe.name}, loop, save every {options.save_every}", saving, rows, path)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Times the bare steps of recipes in turn in one process; ratios are to the first."""
+    import jax
+
+    import experiments
+    from experiments.smoke import smoke
+    from sparse_lm.train.side_by_side import side_by_side
+
+    recipes = [experiments.load(name) for name in options.recipes]
+    rows = side_by_side([smoke(recipe) for recipe in recipes] if options.smoke else recipes, rounds=options.rounds)
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    for row in rows:
+        mfu = "" if row["mfu"] is None else f", MFU {row['mfu']:.1%}"
+        print(
+            f"{row['name']:24s} {row['parameters'] / 1e6:8.1f} M parameters  {row['step_ms']:8.2f} ms a step, {row['times_faster']:.2f} "
+            f"times as fast{mfu}  parameters and optimizer {row['state_gb']:.3f} GB, {row['state_ratio']:.3f} of the first"
+        )
+        for name, milliseconds in list(row["kernels_ms"].items())[: options.kernels]:
+            print(f"    {milliseconds:8.3f} ms  {name}")
+    if options.json:
+        about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "date": time.strftime("%Y-%m-%d")}
+        pathlib.Path(options.json).write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
 def checkpoints(options: argparse.Namespace) -> None:
@@ -191,6 +218,15 @@ def main(arguments: list[str] | None = None) -> None:
                 help="only parts in whose name this regular expression is found, for example 'torch BSR'",
             )
     commands.add_parser("train", help=training.__doc__, add_help=False)
+    command = commands.add_parser("compare", help=compare.__doc__)
+    command.add_argument("recipes", nargs="+", help="names of recipes; the first is what others are compared with")
+    command.add_argument("--smoke", action="store_true", help="tiny variants of the recipes")
+    command.add_argument("--rounds", type=int, default=4, help="turns that each recipe gets")
+    command.add_argument(
+        "--kernels", type=int, default=12, help="print so many kernels of a step, the longest, on a GPU"
+    )
+    command.add_argument("--json", help="write the numbers to this file")
+    command.set_defaults(function=compare)
     command = commands.add_parser("routing", help=routing.__doc__)
     command.add_argument("--seconds", type=float, default=1e9, help="begin no line after so long")
     command.add_argument("--only", nargs="+", default=(), help="names of lines; default all")

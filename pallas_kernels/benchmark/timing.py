@@ -84,12 +84,23 @@ def _device_seconds(function: Callable[..., Any], arguments: Sequence[Any], iter
     return statistics.median(milliseconds if isinstance(milliseconds, list) else [milliseconds]) * 1e-3
 
 
-def kernels_of(function: Callable[..., Any], arguments: Sequence[Any]) -> list[tuple[str, float]]:
-    """(name, seconds) of every kernel that one call launches on the GPU."""
+def launched(call: Callable[[], Any]) -> list[tuple[str, float]]:
+    """(name, seconds) of every kernel that a call launches on the GPU."""
     from jax.experimental.mosaic.gpu import profiler
 
-    _, timings = profiler.Cupti(finalize=False).measure(function, aggregate=False)(*arguments)
+    recorder = profiler.mosaic_gpu_lib._mosaic_gpu_ext
+    recorder._cupti_init()
+    try:
+        jax.block_until_ready(call())
+    finally:
+        timings = recorder._cupti_get_timings(False)
     return [(name, milliseconds * 1e-3) for name, milliseconds in timings or []]
+
+
+def kernels_of(function: Callable[..., Any], arguments: Sequence[Any]) -> list[tuple[str, float]]:
+    """(name, seconds) of every kernel that a second call of a compiled function launches on the GPU."""
+    jax.block_until_ready(function(*arguments))
+    return launched(lambda: function(*arguments))
 
 
 def time_all(

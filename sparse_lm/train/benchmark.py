@@ -64,7 +64,8 @@ class RepeatedStep:
       batches: in numpy.
 
     Attributes:
-      compile_s: seconds that the step took to compile.
+      programs: the compiled step by whether it is the full program of tables in host memory (`Session.trace_step`).
+      compile_s: seconds that they took to compile.
       tables: what moves the rows.
       state: after the calls so far.
     """
@@ -76,7 +77,7 @@ class RepeatedStep:
         most = max(int(batch["segments_BL"].max()) for batch in batches)
         fulls = {wanted.full for wanted, _ in placed if wanted is not None}
         programs = {full: session.compile_step(most, full=full) for full in fulls}
-        self._programs = {full: program for full, (program, _) in programs.items()}
+        self.programs = {full: program for full, (program, _) in programs.items()}
         self.compile_s = sum(seconds for _, seconds in programs.values())
         self._coming, self._batches = itertools.cycle(placed), itertools.cycle(batch for _, batch in placed)
         for _ in range(2):
@@ -85,7 +86,7 @@ class RepeatedStep:
     def __call__(self) -> dict[str, Any]:
         """Enqueues a step and returns its metrics."""
         self.tables.prefetch(*next(self._coming))
-        program = self._programs[self.tables.full()]
+        program = self.programs[self.tables.full()]
         lent = dataclasses.replace(self.state, tables=self.tables.lend(self.state.tables, program))
         state, metrics = program(lent, next(self._batches))
         self.state = dataclasses.replace(state, tables=self.tables.give_back(state.tables))
