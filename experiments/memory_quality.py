@@ -105,10 +105,10 @@ def description(held_out: HeldOut) -> dict[str, Any]:
     }
 
 
-def begun(options: argparse.Namespace, setup: Setup, dataset: Any) -> dict[str, Any]:
-    """Returns the report's head with what an earlier call with the same sizes and data has found."""
+def head_of(options: argparse.Namespace, setup: Setup, dataset: Any) -> dict[str, Any]:
+    """Returns the report before anything is tuned or trained."""
     command = f"python -m experiments.memory_quality --source {options.source} --steps {setup.steps}"
-    report: dict[str, Any] = {
+    return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),
@@ -120,14 +120,15 @@ def begun(options: argparse.Namespace, setup: Setup, dataset: Any) -> dict[str, 
         "tuned": {},
         "results": {},
     }
-    file = file_of(options)
-    if file.exists():
-        past = json.loads(file.read_text())
-        if differing := [name for name in SAME if past.get(name) != report[name]]:
-            say(f"{file} is of another comparison ({', '.join(differing)}) and will be replaced")
-        else:
-            report |= {name: past[name] for name in ("tuned", "results")}
-    return report
+
+
+def found_before(report: dict[str, Any], file: pathlib.Path) -> dict[str, Any]:
+    """Returns what an earlier call with the same sizes and data has tuned and trained."""
+    past = json.loads(file.read_text()) if file.exists() else {}
+    differing = [name for name in SAME if past.get(name) != report[name]]
+    if past and differing:
+        say(f"{file} is of another comparison ({', '.join(differing)}) and will be replaced")
+    return {} if differing else {name: past[name] for name in ("tuned", "results")}
 
 
 def file_of(options: argparse.Namespace) -> pathlib.Path:
@@ -186,15 +187,17 @@ def main() -> int:
     making = Making(data, WARM + options.probe if options.probe else setup.steps, processes())
     vocabulary = -(-dataset.tokenizer.vocab_size // 128) * 128
     setup = dataclasses.replace(setup, sizes=dataclasses.replace(setup.sizes, vocabulary=vocabulary))
-    report = begun(options, setup, dataset)
+    report = head_of(options, setup, dataset)
+    if not options.probe:
+        report |= found_before(report, file_of(options))
     for name, size in report["sizes"].items():
         say(
             f"{name}: {size['parameters']:,} parameters ({size['row_parameters']:,} in rows), "
             f"{size['flops_per_token'] / 1e6:.3f} M training operations a token"
         )
     options.out.mkdir(parents=True, exist_ok=True)
-    done = () if options.probe else report["results"]
-    arms = {name: made(name, setup, dataset) for name in KINDS if name in options.arms and name not in done}
+    missing = [name for name in KINDS if name in options.arms and name not in report["results"]]
+    arms = {name: made(name, setup, dataset) for name in missing}
     # Steps of one arm are dispatched while others are lowered: neither may keep the interpreter for long.
     sys.setswitchinterval(5e-4)
     with concurrent.futures.ThreadPoolExecutor(max_workers=2 if options.smoke else 8) as pool:
