@@ -28,7 +28,7 @@ class Setup:
     steps: int = 6240
     tuning_share: float = 0.25
     """Steps of a tuning run, as a share of those of a final run."""
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-3
     multipliers: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
     """Of the learning rate, tried in tuning."""
     tuning_seeds: tuple[int, ...] = (100,)
