@@ -1,15 +1,18 @@
 """An arm of a comparison is a population: one model, compiled once for any seeds and learning rates, tuned, trained, looked at.
 
 All arms see the same batches in the same order, and members of equal seeds share initial values wherever models are equal, so that
-differences between arms are paired by seed. Every run finishes its learning-rate schedule.
+differences between arms are paired by seed. The schedule of the learning rate enters the compiled step as numbers: one program serves
+runs of any length, and each finishes its schedule.
 
 Legend: P members, B batch, L length, S steps.
 """
 
+import concurrent.futures
+import dataclasses
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +25,7 @@ from sparse_lm.data.pipeline import DataConfig
 from sparse_lm.model.definition import Definition
 from sparse_lm.train.optimizer import Optimizer
 from sparse_lm.train.population import MEMBERS
+from sparse_lm.train.schedule import Constant
 from sparse_lm.train.state import TrainState, fresh_state, member_keys
 from sparse_lm.train.step import PULSE, Train, build_step
 from sparse_lm.train.validation import MODEL_ARRAYS, document_losses
@@ -33,6 +37,9 @@ WATCH_EVERY = 10
 """Steps between two of those whose watched numbers are kept; the last step's always are."""
 LOWERING = threading.Lock()
 """Arms are lowered in turn and only compiled side by side: lowering holds the interpreter, and two threads that lower Mosaic kernels can fail."""
+
+Compiling = concurrent.futures.Future[float]
+"""What `Arm.compile` will return."""
 
 
 class Trained(NamedTuple):
@@ -70,7 +77,7 @@ class Arm:
         Args:
           definition: the model.
           optimizer: its learning rate is what multiples are of.
-          train: length and numerics.
+          train: length, to which schedules of sparse weights are compiled, and numerics.
           members: P.
           shape: (B, L) of all batches.
           sparsity: of the weights; None: dense.
@@ -78,7 +85,9 @@ class Arm:
         """
         self.definition, self.optimizer, self.train = definition, optimizer, train
         self.members, self.shape, self._watch = members, shape, watch
-        self.sparsifier = (sparsity or NoSparsity()).build(definition, optimizer, train.steps, 1)
+        sparsity = sparsity or NoSparsity()
+        self.sparsifier = sparsity.build(definition, optimizer, train.steps, 1)
+        self._fixed_length = not isinstance(sparsity, NoSparsity)
         transformation = optimizer.build(definition.dims)
 
         def around(params: Any, key: jax.Array) -> TrainState:
@@ -114,7 +123,8 @@ class Arm:
         return time.perf_counter() - start
 
     def _over_members(self, changes: bool) -> Callable[..., Any]:
-        step = build_step(self.definition, self.optimizer, self.train, self.sparsifier, MEMBERS, changes)
+        constant = dataclasses.replace(self.optimizer, schedule=Constant(warmup_steps=0))
+        step = build_step(self.definition, constant, self.train, self.sparsifier, MEMBERS, changes)
 
         def bare(state: TrainState, batch: Any, rate: jax.Array) -> Any:
             state, found = step(state, batch, rate)
@@ -126,15 +136,26 @@ class Arm:
         return self.definition.token_losses(params, model_state, batch)[0]
 
     def run(self, seeds: Sequence[int], rates: Sequence[float], batches: Sequence[Any]) -> Trained:
-        """Trains members of these seeds at these multiples of the learning rate."""
-        state, factors = self.create(jnp.asarray(seeds, jnp.uint32)), jnp.asarray(rates, jnp.float32)
+        """Trains members of these seeds at these multiples of the learning rate, one step a batch.
+
+        Raises:
+          ValueError: for another number of members than the program has, or of sparse weights with another number of steps than theirs.
+        """
+        steps = len(batches)
+        if not len(seeds) == len(rates) == self.members:
+            raise ValueError(f"{len(seeds)} seeds and {len(rates)} rates; allowed: {self.members} each, the members")
+        if self._fixed_length and steps != self.train.steps:
+            raise ValueError(f"{steps} batches; allowed: {self.train.steps}, train.steps, as weights are sparse")
+        scale_S = np.asarray(self.optimizer.schedule_at(np.arange(steps), steps))
+        factors_SP = np.outer(scale_S, rates).astype(np.float32)
+        state = self.create(jnp.asarray(seeds, jnp.uint32))
         pulses, watched = [], []
         jax.block_until_ready(state)
         start = time.perf_counter()
         for number, batch in enumerate(batches):
-            state, pulse, seen = self._step[self.sparsifier.apart(number)](state, batch, factors)
+            state, pulse, seen = self._step[self.sparsifier.apart(number)](state, batch, factors_SP[number])
             pulses.append(pulse)
-            if number % WATCH_EVERY == 0 or number == len(batches) - 1:
+            if number % WATCH_EVERY == 0 or number == steps - 1:
                 watched.append(seen)
         jax.block_until_ready(state)
         seconds = time.perf_counter() - start
@@ -163,7 +184,7 @@ class Arm:
         """Chooses the learning rate by the mean training loss of the last tenth, over the tuning seeds.
 
         Returns:
-          {"factor", "rate", "edge" (whether it is the lowest or highest tried), "losses": {rate: loss}}.
+          {"factor", "rate", "edge" (whether it is the lowest or highest tried), "losses": {rate: loss}, "seconds": of training}.
         """
         pairs = list(itertools.product(multipliers, seeds))
         found = self.run([seed for _, seed in pairs], [factor for factor, _ in pairs], batches)
@@ -175,7 +196,17 @@ class Arm:
             "rate": multipliers[best] * rate,
             "edge": multipliers[best] in (min(multipliers), max(multipliers)),
             "losses": {f"{factor * rate:.1e}": float(loss) for factor, loss in zip(multipliers, last)},
+            "seconds": found.seconds,
         }
+
+
+def as_compiled(compiling: dict[str, Compiling]) -> Iterator[tuple[str, Compiling]]:
+    """Yields arms that are compiled: the first in the order given among those that are now; while there is none, waits."""
+    waiting = dict(compiling)
+    while waiting:
+        concurrent.futures.wait(waiting.values(), return_when=concurrent.futures.FIRST_COMPLETED)
+        name = next(name for name, future in waiting.items() if future.done())
+        yield name, waiting.pop(name)
 
 
 def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:

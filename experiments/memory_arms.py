@@ -47,6 +47,8 @@ class Sizes:
     row_heads: int = 2
     dtype: str = "bfloat16"
     rows_optimizer: RowOptimizer = TouchAdam()
+    execution: str = "unrolled"
+    """Equal blocks one by one, or "scanned", as a loop."""
 
 
 class Kind(NamedTuple):
@@ -101,7 +103,7 @@ def build(sizes: Sizes, kind: Kind, first_hidden: int, rows: int) -> Model:
         pattern=(block,),
         memory=memory(sizes, kind.memory, rows),
         tied_embeddings=True,
-        execution="scanned",
+        execution=sizes.execution,  # type: ignore[arg-type]
         compute_dtype=sizes.dtype,  # type: ignore[arg-type]
     )
 

@@ -26,7 +26,7 @@ import numpy as np
 from sparse_lm.data import order
 from sparse_lm.data.dataset import Dataset
 from sparse_lm.data.packaged import Packaged
-from sparse_lm.data.pipeline import Batch, DataConfig, train_stream, validation_batches
+from sparse_lm.data.pipeline import Batch, DataConfig, stream_identity, train_stream, validation_batches
 from sparse_lm.data.synthetic import Biographies, KHop, Markov, PlantedVocabulary, Recall
 from sparse_lm.data.tokenizer import BPE
 from sparse_lm.evaluate.memory import ngram_codes
@@ -38,6 +38,8 @@ EXPOSURES = 64
 HOPS = 3
 FURTHEST = 4096
 """Positions at which a document may begin."""
+SEED = 0
+"""Of the order of training."""
 TRAINING, HELD_OUT = 0, 1
 """Keys of the draws of positions."""
 SEEN = (0, 1, 4, 16, 64, 256)
@@ -86,9 +88,11 @@ def moved(batch: Batch, *key: int) -> Batch:
     return {**{name: batch[name] for name in MODEL_ARRAYS}, "positions_BL": positions_BL}
 
 
-def training_batches(dataset: Dataset, data: DataConfig, steps: int) -> Iterator[Batch]:
-    """Yields the batches of a run."""
-    for number, (batch, _) in enumerate(itertools.islice(train_stream(dataset, data, seed=0), steps)):
+def training_batches(dataset: Dataset, data: DataConfig, steps: range) -> Iterator[Batch]:
+    """Yields the batches of consecutive steps of a run; a batch is a function of its step alone."""
+    before = {"stream": stream_identity(dataset, data, SEED), "windows": steps.start * data.batch_size}
+    stream = train_stream(dataset, data, seed=SEED, state=before)
+    for number, (batch, _) in zip(steps, stream, strict=False):
         yield moved(batch, TRAINING, number)
 
 

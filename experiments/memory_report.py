@@ -1,5 +1,7 @@
-"""Table and figure of what a memory is worth: paired gains, in all, split into recall and reasoning, by domain and by kind of token."""
+"""Table and figure of what a memory is worth: paired gains, in all, split into recall and reasoning, by domain and by kind of token; and how each
+arm was tuned."""
 
+import math
 import pathlib
 from typing import Any
 
@@ -86,19 +88,43 @@ def gains_table(title: str, rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def tuning_table(report: dict[str, Any]) -> list[str]:
+    """Renders what each arm lost in tuning at each rate, and says where the best lay."""
+    results, tuning, setup = report["results"], report["tuning"], report["setup"]
+    rates = list(next(iter(results.values()))["tuning"])
+    edge = [name for name, row in results.items() if row["learning_rate_at_edge"]]
+    lines = [
+        "",
+        "## Tuning",
+        "",
+        f"Training loss of the last tenth of {tuning['steps']} steps ({tuning['tokens'] / 1e6:.2f} M tokens), seeds {', '.join(map(str, setup['tuning_seeds']))}, which no final run has. "
+        f"The lowest or highest rate is the best one of {'these arms: ' + ', '.join(edge) if edge else 'no arm'}.",
+        "",
+        f"| arm | {' | '.join(rates)} |",
+        "| --- |" + " ---: |" * len(rates),
+    ]
+    for name, row in results.items():
+        best = min(row["tuning"].values(), key=lambda loss: (math.isnan(loss), loss))
+        cells = (f"**{loss:.4f}**" if loss == best else f"{loss:.4f}" for loss in row["tuning"].values())
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def markdown(report: dict[str, Any]) -> str:
     """Renders the tables."""
-    results, setup, held_out = report["results"], report["setup"], report["held_out"]
-    sizes, (tuning_seeds, seeds) = setup["sizes"], report["seeds"]
-    rates = len(next(iter(results.values()))["tuning"])
+    results, setup, held_out, tuning = report["results"], report["setup"], report["held_out"], report["tuning"]
+    sizes = setup["sizes"]
+    repeats = report["tokens"] != report["unique_tokens"]
+    unique = f"{report['unique_tokens'] / 1e6:.2f} M unique" if repeats else "all unique"
     parts = "; ".join(f"{name}: {', '.join(kinds)}" for name, kinds in held_out["parts"].items())
     lines = [
         f"# What a memory is worth: {report['source']}",
         "",
         f"{report['device']}, JAX {report['jax']}, {report['date']}. `{report['command']}`. Written by the driver.",
         "",
-        f"{sizes['layers']} blocks, D = {sizes['d_model']}, {report['tokens'] / 1e6:.2f} M tokens a member ({report['unique_tokens'] / 1e6:.2f} M unique), {setup['steps']} steps of "
-        f"{setup['batch']} x {sizes['length']}, schedules finished. {seeds} paired seeds at a learning rate tuned on {tuning_seeds} other seeds over {rates} rates. Loss: nats a "
+        f"{sizes['layers']} blocks, D = {sizes['d_model']}, {report['tokens'] / 1e6:.2f} M tokens a member ({unique}), {setup['steps']} steps of "
+        f"{setup['batch']} x {sizes['length']}, schedules finished. {len(setup['seeds'])} paired seeds. Each arm's learning rate is the best of {len(setup['multipliers'])} over "
+        f"other seeds ({len(setup['tuning_seeds'])}) in runs of {tuning['steps']} steps, whose schedules are finished too. Loss: nats a "
         "token on held-out tokens, mean and 95% interval over seeds. Equal active operations; equal parameters but for `dense`. `unigram` and `shuffled`: the same rows, addressed by "
         "single tokens, or by n-grams mixed with their position.",
         "",
@@ -130,6 +156,7 @@ def markdown(report: dict[str, Any]) -> str:
         for name, row in results.items():
             cells = (interval(np.array(row[what][one])) for one in held_out[what])
             lines.append(f"| {name} | {' | '.join(f'{mean:.4f} ± {half:.4f}' for mean, half in cells)} |")
+    lines += tuning_table(report)
     return "\n".join([*lines, ""])
 
 

@@ -11,7 +11,13 @@ STUDENT = {4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Returns (mean, half width of the 95% interval) of independent values."""
+    """Returns (mean, half width of the 95% interval) of independent values.
+
+    Raises:
+      ValueError: for a number of values whose quantile is not here.
+    """
+    if len(values) - 1 not in STUDENT:
+        raise ValueError(f"{len(values)} values; allowed: {', '.join(str(free + 1) for free in STUDENT)}")
     return float(values.mean()), float(STUDENT[len(values) - 1] * values.std(ddof=1) / math.sqrt(len(values)))
 
 

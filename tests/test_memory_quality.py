@@ -1,16 +1,19 @@
 """What a memory is worth: arms of equal size, held-out tokens sorted into kinds, gains that add up, and a run of the driver."""
 
+import argparse
 import dataclasses
 import itertools
 import json
 import sys
+import time
 import types
 
 import numpy as np
 import pytest
 
-from experiments import memory_quality
+from experiments import memory_batches, memory_quality
 from experiments.memory_arms import KINDS, Sizes, count, models
+from experiments.memory_batches import Making
 from experiments.memory_data import (
     FURTHEST,
     PARTS,
@@ -21,14 +24,18 @@ from experiments.memory_data import (
     synthetic,
     training_batches,
 )
-from experiments.memory_quality import SMOKE
+from experiments.memory_probe import probe
+from experiments.memory_quality import Comparison
 from experiments.memory_report import PAIRS, by, split, write
+from experiments.memory_runs import SMOKE, Setup, made, tune
 from experiments.paired import interval, paired
 from sparse_lm.data.packing import row_from_pieces
 from sparse_lm.data.pipeline import prepare, train_stream
 from sparse_lm.memory.compression import uncompressed
 from sparse_lm.memory.hashing import addresses_on_host, make_hash
 from sparse_lm.model.definition import define
+from sparse_lm.train.step import PULSE
+from sparse_lm.train.validation import MODEL_ARRAYS
 
 LENGTH = 64
 
@@ -104,7 +111,7 @@ def test_generated_tokens_are_sorted_by_what_is_known_of_them(generated) -> None
 def test_a_moved_document_is_the_same_to_rotary_attention_but_not_to_the_shuffled_control(generated) -> None:
     data, dataset = generated
     batch, _ = next(iter(train_stream(dataset, data, seed=0)))
-    other = next(iter(training_batches(dataset, data, 1)))
+    other = next(iter(training_batches(dataset, data, range(1))))
     assert (other["tokens_BL"] == batch["tokens_BL"]).all() and other["positions_BL"].max() > LENGTH
     start_BL = other["positions_BL"] - batch["positions_BL"]
     same_BL = batch["segments_BL"][:, 1:] == batch["segments_BL"][:, :-1]
@@ -118,6 +125,19 @@ def test_a_moved_document_is_the_same_to_rotary_attention_but_not_to_the_shuffle
     for found, equal in ((positions_BL, True), (moved(pair, 0)["positions_BL"], False)):
         address = addresses_on_host(hashing, (3,), tokens_BL, segments_BL, salt_BL=found)
         assert (address[0, 3] == address[1, 3]).all() == equal
+
+
+def test_processes_make_the_batches_that_one_makes(generated, monkeypatch) -> None:
+    data, dataset = generated
+    expected = list(training_batches(dataset, data, range(5)))
+    monkeypatch.setattr(memory_batches, "STRETCH", 2)  # the last stretch has one step
+    found = Making(data, 5, workers=2).batches()
+    assert len(found) == 5
+    for one, other in zip(found, expected):
+        assert one.keys() == other.keys() == set(MODEL_ARRAYS)
+        assert all((one[name] == other[name]).all() and one[name].dtype == other[name].dtype for name in one)
+    with pytest.raises(ValueError, match="steps = 0; allowed: at least 1"):
+        Making(data, 0, workers=2)
 
 
 def test_text_is_sorted_by_how_often_its_ngrams_were_trained_on() -> None:
@@ -145,6 +165,84 @@ def test_text_is_sorted_by_how_often_its_ngrams_were_trained_on() -> None:
     assert held_out.optimum_DK is None
 
 
+def test_impossible_sizes_are_refused() -> None:
+    for change, message in (
+        ({"steps": 1}, "steps = 1; allowed: at least 2"),
+        ({"tuning_share": 0.0}, "tuning_share = 0.0; allowed: above 0, at most 1"),
+        ({"multipliers": (0.5, 1.0)}, r"multipliers = \(0.5, 1.0\); allowed: with each tuning seed 5, seeds"),
+        ({"tuning_seeds": (4,)}, r"tuning_seeds = \(4,\); allowed: none of seeds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(SMOKE, **change)
+    assert Setup().tuning_steps == 1560 and SMOKE.tuning_steps == 2
+    with pytest.raises(ValueError, match="3 values; allowed: 5, 6, 7, 8"):
+        interval(np.arange(3.0))
+
+
+@pytest.fixture(scope="module")
+def arm(generated):
+    """The dense arm of the smoke sizes, not compiled."""
+    return made("dense", SMOKE, generated[1])
+
+
+def test_runs_of_every_length_finish_the_schedule_in_one_program(arm, monkeypatch) -> None:
+    given = []
+
+    def step(state, batch, factor_P):
+        given.append(factor_P)
+        return state, factor_P[:, None] * np.ones(len(PULSE)), ()
+
+    monkeypatch.setattr(arm, "_step", {False: step})
+    monkeypatch.setattr(arm, "create", lambda seeds: ())
+    for steps in (10, 50):
+        given.clear()
+        arm.run(SMOKE.seeds, SMOKE.multipliers, [{}] * steps)
+        scale_S = np.stack(given)[:, 2]
+        np.testing.assert_allclose(np.stack(given), np.outer(scale_S, SMOKE.multipliers), rtol=1e-6)
+        assert scale_S.max() == 1 and 0 < scale_S[-1] < 0.2
+        assert (scale_S == 1).sum() == pytest.approx(0.57 * steps, abs=2)
+    # The fake loss is the rate: the lowest is the best, and the lowest tried.
+    found = tune(arm, SMOKE, [{}] * SMOKE.steps)
+    assert found["factor"] == SMOKE.multipliers[0] and found["edge"] and len(found["losses"]) == 5
+    with pytest.raises(ValueError, match="2 seeds and 5 rates; allowed: 5 each"):
+        arm.run((0, 1), SMOKE.multipliers, [{}])
+    said: list[str] = []
+    probe({"dense": arm}, SMOKE, [{}] * 5, said.append)
+    assert said[0].startswith("dense: ") and "training of 1 arms, 2 + 6 steps each" in said[1]
+
+
+def test_what_time_does_not_allow_waits_for_another_call(tmp_path, monkeypatch, capsys) -> None:
+    calls = []
+
+    def tune(arm, setup, batches):
+        calls.append("tune")
+        return {"factor": 1.0, "rate": 1.0, "edge": False, "losses": {}, "seconds": 10.0}
+
+    def result(arm, setup, tuned, batches, held_out, tokens):
+        calls.append("result")
+        return row(1.0, 1.0)
+
+    monkeypatch.setattr(memory_quality, "tune", tune)
+    monkeypatch.setattr(memory_quality, "result", result)
+    head = {**report({"dense": row(1.0, 1.0)}), "results": {}, "tuned": {}}
+
+    def call(seconds: float) -> dict:
+        options = argparse.Namespace(seconds=seconds, out=tmp_path, source="synthetic")
+        comparison = Comparison(options, SMOKE, head, time.perf_counter())
+        comparison.take("dense", None, [], None)  # type: ignore[arg-type]
+        return comparison.report
+
+    # Ten seconds for two steps are thirty for six; a tuned arm is not tuned again.
+    assert call(-1.0)["tuned"] == {} and calls == []
+    assert call(20.0)["results"] == {} and calls == ["tune"]
+    written = json.loads((tmp_path / "memory_quality_synthetic.json").read_text())
+    assert list(written["tuned"]) == ["dense"] and written["results"] == {}
+    assert (
+        "dense: its final run is left for another call, 20 s are left and it may take 36 s" in capsys.readouterr().out
+    )
+    assert list(call(60.0)["results"]) == ["dense"] and calls == ["tune", "result"]
+
+
 def test_equal_differences_are_certain() -> None:
     assert paired([1.0, 2, 3, 4, 5], [1.0, 2, 3, 4, 5])["p"] == 1
     assert paired([1.0, 2, 3, 4, 5], [2.0, 3, 4, 5, 6])["p"] == 0
@@ -159,9 +257,10 @@ def report(results: dict) -> dict:
         "parts": {"recall": ["facts"], "reasoning": ["hop_1"]},
         "optimum": {"facts": 0.0, "hop_1": 0.0, "rest": 1.0},
     }
-    head = {"device": "cpu", "jax": "0", "date": "today", "command": "x", "source": "synthetic", "seeds": [2, 5]}
+    head = {"device": "cpu", "jax": "0", "date": "today", "command": "x", "source": "synthetic"}
     sized = {"setup": dataclasses.asdict(SMOKE), "sizes": dict.fromkeys(results, size), "held_out": held_out}
-    return {**head, **sized, "tokens": 10, "unique_tokens": 10, "results": results}
+    tuning = {"steps": 2, "tokens": 5_000_000}
+    return {**head, **sized, "tuning": tuning, "tokens": 10, "unique_tokens": 10, "results": results}
 
 
 def row(facts: float, hop: float) -> dict:
@@ -191,6 +290,8 @@ def test_gains_split_into_parts_that_add_up(tmp_path) -> None:
     table = (tmp_path / "memory_quality_synthetic.md").read_text()
     assert "| dense_engram | dense | +0.3000 ± " in table and "(recall: facts; reasoning: hop_1)" in table
     assert "| best possible | 0.0000 | 0.0000 | 1.0000 |" in table and "moe_engram" not in table
+    assert "of 2 steps (5.00 M tokens), seeds 100, which no final run has" in table and "(all unique)" in table
+    assert "these arms: dense, dense_engram, dense_unigram" in table and "| dense | **1.0000** |" in table
     assert (tmp_path / "memory_quality_synthetic.svg").stat().st_size > 1000
 
 
@@ -199,7 +300,7 @@ def test_a_report_without_pairs_is_written(tmp_path) -> None:
     assert "Gains" not in (tmp_path / "memory_quality_synthetic.md").read_text()
 
 
-@pytest.mark.slow  # two programs of a step for eight members, half a minute each
+@pytest.mark.slow  # two programs of a step for five members, half a minute each
 def test_the_driver_goes_on_with_the_arms_that_are_missing(tmp_path, monkeypatch, capsys) -> None:
     def call(*arms: str) -> dict:
         words = [
@@ -213,6 +314,7 @@ def test_the_driver_goes_on_with_the_arms_that_are_missing(tmp_path, monkeypatch
             *arms,
         ]
         monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.setattr(memory_quality, "keep_compiled", lambda directory: None)
         assert memory_quality.main() == 0
         return json.loads((tmp_path / "memory_quality_synthetic.json").read_text())
 
@@ -222,7 +324,7 @@ def test_the_driver_goes_on_with_the_arms_that_are_missing(tmp_path, monkeypatch
     assert list(after["results"]) == ["dense", "dense_engram"] and after["results"]["dense_engram"] == before
     # About ln(384): nobody has learned anything yet. Equal operations; rows are what the dense arm lacks.
     assert all(5 < loss < 6.2 for row in after["results"].values() for loss in row["losses"])
-    assert len(set(before["losses"])) == 8
+    assert len(set(before["losses"])) == 5
     kinds, tokens = before["kinds"], after["held_out"]["kinds"]
     total = sum(np.array(kinds[name]) * tokens[name] for name in tokens) / sum(tokens.values())
     assert total == pytest.approx(np.array(before["losses"]))
