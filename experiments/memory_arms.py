@@ -33,7 +33,7 @@ class Sizes:
     length: int = 128
     d_model: int = 256
     layers: int = 4
-    heads: int = 4
+    heads: int = 2
     experts: int = 16
     experts_beside_memory: int = 12
     """Experts of the routed arms with a memory, whose rows take the place of the others."""

@@ -97,7 +97,7 @@ def tuning_table(report: dict[str, Any]) -> list[str]:
         "",
         "## Tuning",
         "",
-        f"Training loss of the last tenth of {tuning['steps']} steps ({tuning['tokens'] / 1e6:.2f} M tokens), seeds {', '.join(map(str, setup['tuning_seeds']))}, which no final run has. "
+        f"Training loss of the last tenth of {tuning['steps']} steps ({tuning['tokens'] / 1e6:.2f} M tokens), seed {', '.join(map(str, setup['tuning_seeds']))}, which no final run has. "
         f"The lowest or highest rate is the best one of {'these arms: ' + ', '.join(edge) if edge else 'no arm'}.",
         "",
         f"| arm | {' | '.join(rates)} |",

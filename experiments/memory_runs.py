@@ -26,7 +26,7 @@ class Setup:
     sizes: Sizes = Sizes()
     batch: int = 128
     steps: int = 6240
-    tuning_share: float = 0.25
+    tuning_share: float = 0.125
     """Steps of a tuning run, as a share of those of a final run."""
     learning_rate: float = 2e-3
     multipliers: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)

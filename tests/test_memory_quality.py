@@ -290,7 +290,7 @@ def test_gains_split_into_parts_that_add_up(tmp_path) -> None:
     table = (tmp_path / "memory_quality_synthetic.md").read_text()
     assert "| dense_engram | dense | +0.3000 ± " in table and "(recall: facts; reasoning: hop_1)" in table
     assert "| best possible | 0.0000 | 0.0000 | 1.0000 |" in table and "moe_engram" not in table
-    assert "of 2 steps (5.00 M tokens), seeds 100, which no final run has" in table and "(all unique)" in table
+    assert "of 2 steps (5.00 M tokens), seed 100, which no final run has" in table and "(all unique)" in table
     assert "these arms: dense, dense_engram, dense_unigram" in table and "| dense | **1.0000** |" in table
     assert (tmp_path / "memory_quality_synthetic.svg").stat().st_size > 1000
 
