@@ -62,7 +62,7 @@ class Setup:
 
 
 SMOKE = Setup(
-    Sizes(512, 64, 32, 3, 2, 8, 4, 64, 2, 256, 8, 2, "float32"), 4, 6, validation_tokens=512, documents=40
+    Sizes(512, 64, 32, 3, 2, 8, 4, 64, 2, 256, 8, 2, "float32"), 4, 6, 0.25, validation_tokens=512, documents=40
 )  # fmt: skip
 
 

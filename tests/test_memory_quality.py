@@ -174,7 +174,7 @@ def test_impossible_sizes_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(SMOKE, **change)
-    assert Setup().tuning_steps == 1560 and SMOKE.tuning_steps == 2
+    assert Setup().tuning_steps == 780 and SMOKE.tuning_steps == 2
     with pytest.raises(ValueError, match="3 values; allowed: 5, 6, 7, 8"):
         interval(np.arange(3.0))
 
