@@ -15,6 +15,8 @@ Numbers: docs/benchmarks/wide_sparse.md.
 import dataclasses
 
 from experiments.dense import dense_1b
+from sparse_lm.data.packaged import Packaged
+from sparse_lm.data.tokenizer import BPE
 from sparse_lm.layers.feed_forward import DenseFeedForward
 from sparse_lm.layers.projection import DenseProjection, Projection
 from sparse_lm.recipe import Recipe
@@ -117,6 +119,45 @@ def wide_sparse_x16() -> Recipe:
     return _wider(16)
 
 
+def _on_cpu(recipe: Recipe) -> Recipe:
+    """Returns the recipe at a width for a CPU: D 1024, F 4096, two blocks, V 4096, 8 x 256 tokens, float32, blocks of 64."""
+    model = recipe.model
+    forward = model.pattern[0]
+    assert isinstance(forward, DenseFeedForward)
+    projection = forward.projection
+    if isinstance(projection, BlockSparseProjection):
+        projection = dataclasses.replace(projection, block=64)
+    small = dataclasses.replace(
+        model,
+        d_model=1024,
+        layers=2,
+        vocab_size=4096,
+        attention=dataclasses.replace(model.attention, heads=8, projection=projection),
+        pattern=(dataclasses.replace(forward, hidden=4096, projection=projection),),
+        compute_dtype="float32",
+    )
+    data = dataclasses.replace(
+        recipe.data, sources=(Packaged(),), tokenizer=BPE(vocab_size=4096), sequence_length=256, batch_size=8
+    )
+    return dataclasses.replace(recipe, name=f"{recipe.name}_cpu", data=data, model=small)
+
+
+def wide_dense_cpu() -> Recipe:
+    """The dense twin of wide_sparse_10_cpu.
+
+    Command: python scripts/pretrain.py wide_dense_cpu
+    """
+    return _on_cpu(wide_dense())
+
+
+def wide_sparse_10_cpu() -> Recipe:
+    """A tenth of the blocks of 64 at D 1024: 2 of 16 a column, and 6 of 64.
+
+    Command: XLA_FLAGS=--xla_force_host_platform_device_count=2 python scripts/pretrain.py wide_sparse_10_cpu
+    """
+    return _on_cpu(wide_sparse_10())
+
+
 RECIPES = (
     wide_dense,
     wide_sparse_25,
@@ -127,4 +168,6 @@ RECIPES = (
     wide_sparse_x4,
     wide_sparse_x8,
     wide_sparse_x16,
+    wide_dense_cpu,
+    wide_sparse_10_cpu,
 )
