@@ -47,7 +47,7 @@ def product(
       topology: their places.
       pattern: of the matrix.
       dims: logical dims of the two sides.
-      permutation_K: order in which inputs meet the rows of the matrix; None: their own.
+      permutation_K: order in which inputs meet the rows of the matrix; None: their own. Where `tensor` splits them, all are gathered.
     """
     mesh = current()
     if mesh is None:
@@ -56,7 +56,7 @@ def product(
     side = tensor_side(pattern, dims, mesh)
     shards = mesh.shape["tensor"]
     stored = spec_of(("blocks", "block_in", "block_out"), values_Jbb.shape, mesh)
-    axes = () if stored[0] is None else (stored[0],) if isinstance(stored[0], str) else tuple(stored[0])
+    axes = axes_in(stored)
     # In the order of columns, a shard of `tensor` holds those that it computes: only `fsdp` needs gathering.
     own_columns = side == "out" and "tensor" in axes
     gather = tuple(axis for axis in axes if not (own_columns and axis == "tensor"))
@@ -68,6 +68,8 @@ def product(
             index = jax.lax.axis_index("tensor")
             topology, kept = _part(topology, pattern, side, shards, index)
             values = values if own_columns else kept(values)
+        if side == "in" and permutation_K is not None:
+            x, permutation_K = own_inputs(x, permutation_K), None
         y = block_sparse_matmul(x, values, topology, input_permutation=permutation_K)
         return sum_of_copies(y, "tensor") if side == "in" else y
 
@@ -94,6 +96,21 @@ def tensor_side(pattern: BlockPattern, dims: tuple[str, str], mesh: AbstractMesh
     return "in" if "tensor" in axes_of(dims[0]) else None
 
 
+def axes_in(spec: P) -> tuple[str, ...]:
+    """Returns the mesh axes that a partition splits the first dimension over."""
+    return () if spec[0] is None else (spec[0],) if isinstance(spec[0], str) else tuple(spec[0])
+
+
+def own_inputs(x: jax.Array, order_K: jax.Array) -> jax.Array:
+    """Returns this shard's range of reordered inputs [..., K / T] from its range of them in their own order; inside shard_map.
+
+    Any input may be anywhere, so all of them are gathered over `tensor`.
+    """
+    own = x.shape[-1]
+    here = jax.lax.dynamic_slice_in_dim(order_K, jax.lax.axis_index("tensor") * own, own)
+    return jnp.take(jax.lax.all_gather(x, "tensor", axis=x.ndim - 1, tiled=True), here, axis=-1, mode="clip")
+
+
 def check_mesh(packed: dict[str, PackedMatrix], mesh: AbstractMesh | Mesh) -> None:
     """Raises ConfigError where `tensor` cannot split the packed matrices of a model as it splits its activations."""
     shards = mesh.shape["tensor"]
@@ -106,10 +123,6 @@ def check_mesh(packed: dict[str, PackedMatrix], mesh: AbstractMesh | Mesh) -> No
         if side == "in" and pattern.row_shards % shards:
             allowed = f"a multiple of mesh.tensor ({shards}), which splits the rows of {path}"
             raise ConfigError("projection.row_shards", pattern.row_shards, allowed)
-        if side == "in" and matrix.permuted:
-            order = "learned" if matrix.learned else "random"
-            allowed = f"none where mesh.tensor ({shards}) splits the inputs of {path}"
-            raise ConfigError("projection.permutation", order, allowed)
 
 
 def _part(topology: BlockTopology, pattern: BlockPattern, side: str, shards: int, index: jax.Array):

@@ -95,6 +95,7 @@ class PackedSparsifier(Sparsifier):
         self.algorithm, self.schedule, self.steps = config.algorithm, config.schedule, steps
         self.microbatches, self.packed, self.dims = microbatches, definition.packed, flatten(definition.dims)
         self.shuffle, self.learned = config.shuffle, {p: m for p, m in definition.packed.items() if m.learned}
+        self.on_mesh = definition.on_mesh
 
     def masks(self, model_state: Tree) -> dict[str, jax.Array]:
         """Returns which blocks exist in every matrix, bool [..., R, C]."""
@@ -187,10 +188,11 @@ class PackedSparsifier(Sparsifier):
             if moment.changes:
                 size = soft.shape[-1]
                 # One after the other: a condition over all at once would choose an assignment for each.
-                found = jax.lax.map(
-                    lambda one: learned_permutation.harden(one[0], one[1], one[2], now, threshold),
-                    (soft.reshape(-1, size, size), order.reshape(-1, size), hard.reshape(-1)),
-                )
+                with self.on_mesh():
+                    found = jax.lax.map(
+                        lambda one: learned_permutation.harden(one[0], one[1], one[2], now, threshold),
+                        (soft.reshape(-1, size, size), order.reshape(-1, size), hard.reshape(-1)),
+                    )
                 new_soft, new_order, new_hard = found
                 soft, order = new_soft.reshape(soft.shape), new_order.reshape(order.shape)
                 model_state |= {f"{path}.permutation": order, f"{path}.hard": new_hard.reshape(hard.shape)}

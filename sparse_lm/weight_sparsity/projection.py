@@ -26,7 +26,7 @@ from sparse_lm.layers.projection import product as dense_product
 from sparse_lm.parallel.mesh import current
 from sparse_lm.weight_sparsity.block_sparse import grouped_product, product
 from sparse_lm.weight_sparsity.gradient_probe import Probe, observed
-from sparse_lm.weight_sparsity.learned_permutation import mixed
+from sparse_lm.weight_sparsity.mixed_inputs import SOFT_DIMS, mixed
 from sparse_lm.weight_sparsity.packed_matrix import BlockPattern, TopologyState
 
 PermutationKind = Literal["none", "random", "learned"]
@@ -140,7 +140,7 @@ class BlockSparseMatrix(nnx.Module):
         self.topology = TopologyState(pattern, experts)
         learned, list_K = order == "learned", jnp.zeros((pattern.inputs,), jnp.int32)
         self.permutation = None if order == "none" else ModelState(list_K, dims=("list",), initial=0)
-        self.soft = declare((pattern.inputs, pattern.inputs), ("permuted", "permuted"), "zeros") if learned else None
+        self.soft = declare((pattern.inputs, pattern.inputs), SOFT_DIMS, "zeros") if learned else None
         self.hard = ModelState(jnp.zeros((), jnp.float32), dims=(), initial=0) if learned else None
         self.probe, self.slab = (Probe(jnp.zeros((), jnp.float32), dims=()) for _ in range(2))
         dense = StandsFor((*batch_dims, *dims), sides, 1.0)
@@ -154,7 +154,8 @@ class BlockSparseMatrix(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         order_K, values, met = self._order(), self.values[...].astype(x.dtype), x
         if self.soft is not None and self.hard is not None and order_K is not None:
-            met, order_K = mixed(x, self.soft[...], order_K, self.hard[...]), None
+            met = mixed(x, self.soft[...], order_K, self.hard[...], self.pattern, self.dims)
+            order_K = None
         y = product(met, values, self.topology(), self.pattern, self.dims, order_K)
         y = self._observed(met, y, order_K, None)
         if self.into is not None and self.out is not None:

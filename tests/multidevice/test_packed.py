@@ -104,9 +104,8 @@ def test_blocks_are_split_over_tensor_and_fsdp() -> None:
     [
         (dataclasses.replace(BLOCKS, row_shards=1), r"projection\.row_shards = 1 .* multiple of mesh\.tensor \(2\)"),
         (dataclasses.replace(BLOCKS, row_shards=1, fan_in="free"), r"projection\.fan_in = 'free'"),
-        (dataclasses.replace(BLOCKS, permutation="random"), r"projection\.permutation = 'random'"),
     ],
-    ids=["rows", "free", "permuted"],
+    ids=["rows", "free"],
 )
 def test_what_tensor_cannot_split_is_refused(projection: BlockSparseProjection, field: str) -> None:
     with pytest.raises(ConfigError, match=field):

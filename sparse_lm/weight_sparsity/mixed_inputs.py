@@ -1,0 +1,74 @@
+"""The inputs of a packed matrix whose order is learned, as its blocks meet them, on one device and on a mesh.
+
+While the order is soft they are x M, a dense product; when it is hard, x[..., p]. On a mesh the rows of M are stored over `tensor` and
+`fsdp`. A device gathers, in the compute dtype, those that it multiplies, and gathers them again in the backward pass: all of them, or,
+where `tensor` splits the inputs, the rows of its own inputs, and then partial sums of all mixed inputs travel to their shards.
+
+Legend: B batch, L length, K inputs, T shards of `tensor`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from sparse_lm.parallel.mesh import current
+from sparse_lm.parallel.rules import spec_of, split_tokens
+from sparse_lm.weight_sparsity.block_sparse import GATHERED, axes_in, own_inputs, tensor_side
+from sparse_lm.weight_sparsity.packed_matrix import BlockPattern
+
+SOFT_DIMS = ("permuted", "permuted")
+"""Logical dims of a soft order: inputs, and rows of the blocks that they meet."""
+
+
+def mixed(
+    x: jax.Array,
+    soft_KK: jax.Array,
+    order_K: jax.Array,
+    hard: jax.Array,
+    pattern: BlockPattern,
+    dims: tuple[str, str],
+) -> jax.Array:
+    """Returns the inputs as the blocks meet them, in the shape and the split of x.
+
+    Args:
+      x: [..., K]; on a mesh [B, L, K].
+      soft_KK: float32, M.
+      order_K: int32, p.
+      hard: float32, 1 where p is used, 0 where M is.
+      pattern: of the matrix.
+      dims: logical dims of its two sides.
+    """
+    mesh = current()
+    if mesh is None:
+        return jax.lax.cond(hard > 0.0, lambda: _taken(x, order_K), lambda: x @ soft_KK.astype(x.dtype))
+    split = "tensor" if tensor_side(pattern, dims, mesh) == "in" else None
+    stored = spec_of(SOFT_DIMS, soft_KK.shape, mesh)
+    gather = tuple(axis for axis in axes_in(stored) if axis != split)
+
+    def device(x: jax.Array, soft: jax.Array, order_K: jax.Array, hard: jax.Array) -> jax.Array:
+        def product() -> jax.Array:
+            rows = soft.astype(x.dtype)
+            if gather:
+                rows = checkpoint_name(jax.lax.all_gather(rows, gather, axis=0, tiled=True), GATHERED)
+            if split is None:
+                return x @ rows
+            own = x.shape[-1]
+            if rows.shape[0] != own:  # M is whole: `tensor` and `fsdp` together do not divide its rows
+                rows = jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(split) * own, own, 0)
+            return jax.lax.psum_scatter(x @ rows, split, scatter_dimension=x.ndim - 1, tiled=True)
+
+        return jax.lax.cond(
+            hard > 0.0, lambda: own_inputs(x, order_K) if split is not None else _taken(x, order_K), product
+        )
+
+    if gather:
+        policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        device = jax.checkpoint(device, policy=policy)
+    spec = split_tokens(x.shape[0], x.shape[1], mesh).spec(split)
+    run = jax.shard_map(device, mesh=mesh, in_specs=(spec, stored, P(), P()), out_specs=spec, check_vma=False)
+    return run(x, soft_KK, order_K, hard)
+
+
+def _taken(x: jax.Array, order_K: jax.Array) -> jax.Array:
+    return jnp.take(x, order_K, axis=-1, mode="clip")
