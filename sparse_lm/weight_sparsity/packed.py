@@ -70,7 +70,7 @@ class Packed(WeightSparsity):
         self, definition: "Definition", optimizer: "Optimizer", steps: int, microbatches: int
     ) -> "PackedSparsifier":
         """See WeightSparsity.build."""
-        name, mesh = type(self.algorithm).__name__, definition.mesh
+        name = type(self.algorithm).__name__
         if not definition.packed:
             allowed = "none or masked in a model whose projections are all dense (see --with projection=block_sparse)"
             raise ConfigError("", "packed", allowed)
@@ -81,8 +81,6 @@ class Packed(WeightSparsity):
                 raise ConfigError(
                     "algorithm", name, f"set, rigl or static where the order of inputs is learned ({path})"
                 )
-            if self.algorithm.reads == "gradient" and matrix.experts and mesh is not None and mesh.size > 1:
-                raise ConfigError("algorithm", name, f"set or static for experts spread over a mesh ({path})")
         return PackedSparsifier(self, definition, steps, microbatches)
 
 

@@ -23,7 +23,7 @@ from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import ModelState, StandsFor, declare
 from sparse_lm.layers.projection import Projection
 from sparse_lm.layers.projection import product as dense_product
-from sparse_lm.parallel.mesh import current
+from sparse_lm.parallel.mesh import current, inside_shard_map
 from sparse_lm.weight_sparsity.block_sparse import grouped_product, product
 from sparse_lm.weight_sparsity.gradient_probe import Probe, observed
 from sparse_lm.weight_sparsity.mixed_inputs import SOFT_DIMS, mixed
@@ -142,7 +142,8 @@ class BlockSparseMatrix(nnx.Module):
         self.permutation = None if order == "none" else ModelState(list_K, dims=("list",), initial=0)
         self.soft = declare((pattern.inputs, pattern.inputs), SOFT_DIMS, "zeros") if learned else None
         self.hard = ModelState(jnp.zeros((), jnp.float32), dims=(), initial=0) if learned else None
-        self.probe, self.slab = (Probe(jnp.zeros((), jnp.float32), dims=()) for _ in range(2))
+        nothing = jnp.zeros((), jnp.float32)
+        self.probe, self.slab = Probe(nothing, dims=(*batch_dims, "list", "list")), Probe(nothing, dims=())
         dense = StandsFor((*batch_dims, *dims), sides, 1.0)
         into, out = (*batch, pattern.inputs, rank), (*batch, rank, pattern.outputs)
         self.into = declare(into, (*batch_dims, dims[0], "rank"), stands_for=dense) if rank else None
@@ -180,4 +181,13 @@ class BlockSparseMatrix(nnx.Module):
         if not probe.ndim:
             return y
         x = x if order_K is None else jnp.take(x, order_K, axis=-1)
-        return observed(self.pattern, current() is not None, x, y, probe, self.slab[...], group_sizes_E)
+        return observed(self.pattern, self._spread(probe), x, y, probe, self.slab[...], group_sizes_E)
+
+    def _spread(self, probe: jax.Array) -> tuple[str, ...] | None:
+        """Returns over which devices the rows of a matrix are spread, as `observed` takes it."""
+        mesh = current()
+        if mesh is None or not inside_shard_map():
+            return None if mesh is None else ()
+        # Rows of an expert have come to the shard that owns it.
+        owner = ("expert",) if probe.shape[0] < self.experts else ()
+        return tuple(axis for axis in mesh.axis_names if axis not in owner)
