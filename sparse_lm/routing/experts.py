@@ -100,8 +100,8 @@ class MoEFeedForward(FeedForward):
 class RoutedExperts(nnx.Module):
     """The experts' matrices, applied to rows that are sorted by expert, or to tokens where one operation does all of it."""
 
-    def __init__(self, gate: nnx.Module, up: nnx.Module | None, down: nnx.Module, activation: Activation):
-        self.gate, self.up, self.down, self.activation = gate, up, down, activation
+    def __init__(self, gate: nnx.Module, up: nnx.Module | None, down: nnx.Module, activation: Activation, hidden: int):
+        self.gate, self.up, self.down, self.activation, self.hidden = gate, up, down, activation, hidden
 
     def __call__(self, x_AD: jax.Array, group_sizes_E: jax.Array, weight_A: jax.Array | None = None) -> jax.Array:
         """Applies each expert to its rows; with the float32 weight of each row, times it."""
@@ -144,7 +144,7 @@ class RoutedExperts(nnx.Module):
         def on_tokens(weights: Any, x_TD: jax.Array, order: Order) -> jax.Array:
             return nnx.merge(graph, weights).on_tokens(x_TD, order)
 
-        return Experts(on_rows, weights, dims, on_tokens if self.on_tokens is not None else None)
+        return Experts(on_rows, weights, dims, self.hidden, on_tokens if self.on_tokens is not None else None)
 
 
 class MoELayer(nnx.Module):
@@ -165,7 +165,7 @@ class MoELayer(nnx.Module):
     @property
     def experts(self) -> "RoutedExperts":
         """The experts without their router."""
-        return RoutedExperts(self.gate, self.up, self.down, self.config.activation)
+        return RoutedExperts(self.gate, self.up, self.down, self.config.activation, self.config.hidden)
 
     def __call__(self, x_BLD: jax.Array, info: TokenInfo) -> tuple[jax.Array, Aux]:
         batch, length, d_model = x_BLD.shape

@@ -106,9 +106,19 @@ def own_inputs(x: jax.Array, order_K: jax.Array) -> jax.Array:
 
     Any input may be anywhere, so all of them are gathered over `tensor`.
     """
-    own = x.shape[-1]
-    here = jax.lax.dynamic_slice_in_dim(order_K, jax.lax.axis_index("tensor") * own, own)
+    here = own_range(order_K, x.shape[-1], 0)
     return jnp.take(jax.lax.all_gather(x, "tensor", axis=x.ndim - 1, tiled=True), here, axis=-1, mode="clip")
+
+
+def own_range(a: jax.Array, own: int, axis: int) -> jax.Array:
+    """Returns this shard's range, `own` long, of a dimension that `tensor` splits; inside shard_map."""
+    return jax.lax.dynamic_slice_in_dim(a, jax.lax.axis_index("tensor") * own, own, axis)
+
+
+def among_zeros(a: jax.Array, size: int) -> jax.Array:
+    """Returns this shard's range of the last dimension at its place among zeros, `size` long in all; inside shard_map."""
+    place = jax.lax.axis_index("tensor") * a.shape[-1]
+    return jax.lax.dynamic_update_slice_in_dim(jnp.zeros((*a.shape[:-1], size), a.dtype), a, place, a.ndim - 1)
 
 
 def check_mesh(packed: dict[str, PackedMatrix], mesh: AbstractMesh | Mesh) -> None:
@@ -116,8 +126,6 @@ def check_mesh(packed: dict[str, PackedMatrix], mesh: AbstractMesh | Mesh) -> No
     shards = mesh.shape["tensor"]
     for path, matrix in packed.items():
         side, pattern = tensor_side(matrix.pattern, matrix.dims, mesh), matrix.pattern
-        if shards > 1 and matrix.experts:
-            raise ConfigError("mesh.tensor", shards, f"1 with packed experts ({path}); split them over mesh.expert")
         if side is not None and not pattern.constant_fan_in:
             raise ConfigError("projection.fan_in", "free", f"constant where mesh.tensor ({shards}) splits {path}")
         if side == "in" and pattern.row_shards % shards:
@@ -156,6 +164,29 @@ def _part(topology: BlockTopology, pattern: BlockPattern, side: str, shards: int
         block_out=pattern.block,
     )
     return own, kept
+
+
+def of_experts(
+    values_EJbb: jax.Array, topology: BlockTopology, pattern: BlockPattern, side: str
+) -> tuple[jax.Array, BlockTopology]:
+    """Returns blocks and topologies of one shard's part of every expert's matrix, of which `tensor` splits a side; inside shard_map.
+
+    Args:
+      values_EJbb: all blocks, or those of the shard's range of the order of columns.
+      topology: of the whole matrices.
+      pattern: of one.
+      side: "in" or "out", see `tensor_side`.
+    """
+    shards, index = jax.lax.axis_size("tensor"), jax.lax.axis_index("tensor")
+    part = values_EJbb.shape[1] < pattern.blocks
+    if part and side == "in":
+        values_EJbb, part = jax.lax.all_gather(values_EJbb, "tensor", axis=1, tiled=True), False
+
+    def own(values: jax.Array, topology: BlockTopology) -> tuple[jax.Array, BlockTopology]:
+        lists, kept = _part(topology, pattern, side, shards, index)
+        return values if part else kept(values), lists
+
+    return jax.vmap(own)(values_EJbb, topology)
 
 
 def rows_at_once(rows: int, experts: int) -> int:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from sparse_lm.parallel.mesh import current
 from sparse_lm.parallel.rules import spec_of, split_tokens
-from sparse_lm.weight_sparsity.block_sparse import GATHERED, axes_in, own_inputs, tensor_side
+from sparse_lm.weight_sparsity.block_sparse import GATHERED, axes_in, own_inputs, own_range, tensor_side
 from sparse_lm.weight_sparsity.packed_matrix import BlockPattern
 
 SOFT_DIMS = ("permuted", "permuted")
@@ -55,7 +55,7 @@ def mixed(
                 return x @ rows
             own = x.shape[-1]
             if rows.shape[0] != own:  # M is whole: `tensor` and `fsdp` together do not divide its rows
-                rows = jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(split) * own, own, 0)
+                rows = own_range(rows, own, 0)
             return jax.lax.psum_scatter(x @ rows, split, scatter_dimension=x.ndim - 1, tiled=True)
 
         return jax.lax.cond(

@@ -99,7 +99,7 @@ def on_mesh(mesh: Mesh, receive_factor: float = 0.0):
 
     def total(plan, x_BLD, weights, weight_GA, cotangent):
         plan = dataclasses.replace(plan, weight_GA=weight_GA * (plan.expert_GA < E))
-        y, lost = dispatch_on_mesh(mesh.abstract_mesh, x_BLD, plan, Experts(apply, weights, DIMS), receive_factor)
+        y, lost = dispatch_on_mesh(mesh.abstract_mesh, x_BLD, plan, Experts(apply, weights, DIMS, D), receive_factor)
         return jnp.sum(y * cotangent), (y, lost)
 
     step = tiny.jit(jax.value_and_grad(total, argnums=(1, 2, 3), has_aux=True))
@@ -216,7 +216,7 @@ def test_rows_are_exchanged_once_each_way_and_no_more_than_there_are(remat) -> N
     def total(x_BLD, weights, weight_GA):
         def layer(x_BLD, weights, weight_GA):
             routed = dataclasses.replace(plan, weight_GA=weight_GA)
-            return dispatch_on_mesh(mesh, x_BLD, routed, Experts(apply, weights, DIMS), 1.5)[0]
+            return dispatch_on_mesh(mesh, x_BLD, routed, Experts(apply, weights, DIMS, D), 1.5)[0]
 
         if remat == "block":
             layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*NEVER_REPEATED))
