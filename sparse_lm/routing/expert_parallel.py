@@ -26,14 +26,11 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from sparse_lm.layers.parameter import map_leaves
-from sparse_lm.parallel.collectives import sum_of_copies
+from sparse_lm.parallel.collectives import gathering_again, sum_of_copies
 from sparse_lm.parallel.rules import spec_of, split_tokens
 from sparse_lm.routing.dispatch import Order, dispatch_local, gather_rows, return_rows, sort_by_expert
 from sparse_lm.routing.exchange import ROWS, exchange, plan_exchange, starts
 from sparse_lm.routing.plan import RoutingPlan
-
-GATHERED = "gathered_weights"
-"""Checkpoint name of weights gathered over fsdp: the backward pass gathers them again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +122,14 @@ def dispatch_on_mesh(
             dim = _dim_over("fsdp", spec)
             if dim is None:
                 return leaf
-            return checkpoint_name(jax.lax.all_gather(leaf, "fsdp", axis=dim, tiled=True), GATHERED)
+            return jax.lax.all_gather(leaf, "fsdp", axis=dim, tiled=True)
 
         def compute(weights: Any, *operands: Any) -> jax.Array:
             return apply(map_leaves(whole, weights, specs), *operands)
 
         if all(_dim_over("fsdp", spec) is None for spec in leaf_specs):
             return compute
-        return jax.checkpoint(compute, policy=jax.checkpoint_policies.save_anything_except_these_names(GATHERED))
+        return gathering_again(compute)
 
     on_rows = gathering(experts.on_rows)
     on_tokens = None if experts.on_tokens is None else gathering(experts.on_tokens)

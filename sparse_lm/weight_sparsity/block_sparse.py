@@ -14,19 +14,16 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.block_sparse_matmul import BlockTopology, block_sparse_matmul, topology_from_indices
 from sparse_lm.config import ConfigError
-from sparse_lm.parallel.collectives import sum_of_copies
+from sparse_lm.parallel.collectives import gathering_again, sum_of_copies
 from sparse_lm.parallel.mesh import current
 from sparse_lm.parallel.rules import axes_of, spec_of, split_tokens
 from sparse_lm.weight_sparsity.packed_matrix import BlockPattern, PackedMatrix
 
-GATHERED = "gathered_blocks"
-"""Checkpoint name of gathered blocks: the backward pass gathers them again."""
 HEADROOM = 1.25
 """Rows of an expert computed at once, in multiples of the mean: at loads more even than this one round serves all experts."""
 
@@ -62,20 +59,22 @@ def product(
     gather = tuple(axis for axis in axes if not (own_columns and axis == "tensor"))
 
     def device(x: jax.Array, values: jax.Array, topology: BlockTopology, permutation_K: jax.Array | None) -> jax.Array:
-        if gather:
-            values = checkpoint_name(jax.lax.all_gather(values, gather, axis=0, tiled=True), GATHERED)
+        index = jax.lax.axis_index("tensor")
         if side is not None:
-            index = jax.lax.axis_index("tensor")
-            topology, kept = _part(topology, pattern, side, shards, index)
-            values = values if own_columns else kept(values)
+            topology = _part(topology, pattern, side, shards, index)
         if side == "in" and permutation_K is not None:
             x, permutation_K = own_inputs(x, permutation_K), None
-        y = block_sparse_matmul(x, values, topology, input_permutation=permutation_K)
+
+        def multiply(x: jax.Array, values: jax.Array) -> jax.Array:
+            if gather:
+                values = jax.lax.all_gather(values, gather, axis=0, tiled=True)
+            if side is not None and not own_columns:
+                values = _own_blocks(values, pattern, side, shards, index)
+            return block_sparse_matmul(x, values, topology, input_permutation=permutation_K)
+
+        y = (gathering_again(multiply) if gather else multiply)(x, values)
         return sum_of_copies(y, "tensor") if side == "in" else y
 
-    if gather:
-        policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        device = jax.checkpoint(device, policy=policy)
     run = jax.shard_map(
         device,
         mesh=mesh,
@@ -133,37 +132,36 @@ def check_mesh(packed: dict[str, PackedMatrix], mesh: AbstractMesh | Mesh) -> No
             raise ConfigError("projection.row_shards", pattern.row_shards, allowed)
 
 
-def _part(topology: BlockTopology, pattern: BlockPattern, side: str, shards: int, index: jax.Array):
-    """Returns (topology of one shard's part of a matrix, the function that takes its blocks from all).
+def _own_blocks(a: jax.Array, pattern: BlockPattern, side: str, shards: int, index: jax.Array) -> jax.Array:
+    """Returns one shard's part of an array with an entry for every block of a matrix, [J, ...]."""
+    columns, fan_in = pattern.columns, pattern.fan_in
+    if side == "out":
+        own = columns // shards * fan_in
+        return jax.lax.dynamic_slice_in_dim(a, index * own, own, 0)
+    split = a.reshape(columns, shards, fan_in // shards, *a.shape[1:])
+    return jax.lax.dynamic_index_in_dim(split, index, 1, keepdims=False).reshape(-1, *a.shape[1:])
+
+
+def _part(topology: BlockTopology, pattern: BlockPattern, side: str, shards: int, index: jax.Array) -> BlockTopology:
+    """Returns the topology of one shard's part of a matrix.
 
     Its lists are derived where they are used: a checkpoint then holds one pattern for every mesh.
     """
-    fan_in, columns = pattern.fan_in, pattern.columns
+    columns, fan_in, rows, first_row = pattern.columns, pattern.fan_in, pattern.rows, jnp.int32(0)
     if side == "out":
-        own_columns, own_fan_in, own_rows = columns // shards, fan_in, pattern.rows
-
-        def kept(a: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(a, index * (own_columns * fan_in), own_columns * fan_in, 0)
-
-        first_row = 0
+        columns = columns // shards
     else:
-        own_columns, own_fan_in, own_rows = columns, fan_in // shards, pattern.rows // shards
-
-        def kept(a: jax.Array) -> jax.Array:
-            split = a.reshape(columns, shards, own_fan_in, *a.shape[1:])
-            part = jax.lax.dynamic_index_in_dim(split, index, 1, keepdims=False)
-            return part.reshape(columns * own_fan_in, *a.shape[1:])
-
-        first_row = index * own_rows
+        fan_in, rows = fan_in // shards, rows // shards
+        first_row = index * rows
     own, _ = topology_from_indices(
-        kept(topology.row_index) - first_row,
-        jnp.repeat(jnp.arange(own_columns, dtype=jnp.int32), own_fan_in),
-        features_in=own_rows * pattern.block,
-        features_out=own_columns * pattern.block,
+        _own_blocks(topology.row_index, pattern, side, shards, index) - first_row,
+        jnp.repeat(jnp.arange(columns, dtype=jnp.int32), fan_in),
+        features_in=rows * pattern.block,
+        features_out=columns * pattern.block,
         block_in=pattern.block,
         block_out=pattern.block,
     )
-    return own, kept
+    return own
 
 
 def of_experts(
@@ -177,16 +175,13 @@ def of_experts(
       pattern: of one.
       side: "in" or "out", see `tensor_side`.
     """
-    shards, index = jax.lax.axis_size("tensor"), jax.lax.axis_index("tensor")
-    part = values_EJbb.shape[1] < pattern.blocks
-    if part and side == "in":
-        values_EJbb, part = jax.lax.all_gather(values_EJbb, "tensor", axis=1, tiled=True), False
-
-    def own(values: jax.Array, topology: BlockTopology) -> tuple[jax.Array, BlockTopology]:
-        lists, kept = _part(topology, pattern, side, shards, index)
-        return values if part else kept(values), lists
-
-    return jax.vmap(own)(values_EJbb, topology)
+    split = side, jax.lax.axis_size("tensor"), jax.lax.axis_index("tensor")
+    own_columns = side == "out" and values_EJbb.shape[1] < pattern.blocks
+    if not own_columns:
+        if values_EJbb.shape[1] < pattern.blocks:
+            values_EJbb = jax.lax.all_gather(values_EJbb, "tensor", axis=1, tiled=True)
+        values_EJbb = jnp.moveaxis(_own_blocks(jnp.moveaxis(values_EJbb, 1, 0), pattern, *split), 0, 1)
+    return values_EJbb, jax.vmap(lambda topology: _part(topology, pattern, *split))(topology)
 
 
 def rows_at_once(rows: int, experts: int) -> int:

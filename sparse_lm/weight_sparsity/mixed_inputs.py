@@ -9,12 +9,12 @@ Legend: B batch, L length, K inputs, T shards of `tensor`.
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from sparse_lm.parallel.collectives import gathering_again
 from sparse_lm.parallel.mesh import current
 from sparse_lm.parallel.rules import spec_of, split_tokens
-from sparse_lm.weight_sparsity.block_sparse import GATHERED, axes_in, own_inputs, own_range, tensor_side
+from sparse_lm.weight_sparsity.block_sparse import axes_in, own_inputs, own_range, tensor_side
 from sparse_lm.weight_sparsity.packed_matrix import BlockPattern
 
 SOFT_DIMS = ("permuted", "permuted")
@@ -50,7 +50,7 @@ def mixed(
         def product() -> jax.Array:
             rows = soft.astype(x.dtype)
             if gather:
-                rows = checkpoint_name(jax.lax.all_gather(rows, gather, axis=0, tiled=True), GATHERED)
+                rows = jax.lax.all_gather(rows, gather, axis=0, tiled=True)
             if split is None:
                 return x @ rows
             own = x.shape[-1]
@@ -62,9 +62,7 @@ def mixed(
             hard > 0.0, lambda: own_inputs(x, order_K) if split is not None else _taken(x, order_K), product
         )
 
-    if gather:
-        policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        device = jax.checkpoint(device, policy=policy)
+    device = gathering_again(device) if gather else device
     spec = split_tokens(x.shape[0], x.shape[1], mesh).spec(split)
     run = jax.shard_map(device, mesh=mesh, in_specs=(spec, stored, P(), P()), out_specs=spec, check_vma=False)
     return run(x, soft_KK, order_K, hard)

@@ -234,7 +234,9 @@ def test_rows_are_exchanged_once_each_way_and_no_more_than_there_are(remat) -> N
     gathers = [line for line in text.splitlines() if "stablehlo.all_gather" in line]
     # by name, or (before JAX 0.11) by number: devices that differ in fsdp are four apart
     axes = [re.findall(r'axis_ref<name = "(\w+)">|replica_groups = dense<(.*?)> :', line) for line in gathers]
-    assert gathers and all(axis in ([("fsdp", "")], [("", "[[0, 4], [1, 5], [2, 6], [3, 7]]")]) for axis in axes)
+    # Two matrices, and in the backward pass again; a rematerialised block asks for one twice there, which XLA joins.
+    assert len(gathers) == {"none": 4, "block": 5}[remat]
+    assert all(axis in ([("fsdp", "")], [("", "[[0, 4], [1, 5], [2, 6], [3, 7]]")]) for axis in axes)
 
 
 def test_the_shared_expert_and_the_exchange_need_nothing_of_each_other() -> None:
