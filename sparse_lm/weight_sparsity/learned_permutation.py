@@ -131,10 +131,11 @@ def harden(
       threshold: of the penalty.
     """
     ripe = (hard == 0.0) & (now | (penalty(soft_KK) < threshold))
+    # Every choice looks at the whole matrix: gathered once, not searched in parts K times.
+    whole_KK = as_whole(soft_KK)
 
     def choose() -> tuple[jax.Array, jax.Array, jax.Array]:
-        # Every choice looks at the whole matrix: gathered once, not searched in parts K times.
-        order = assignment(as_whole(soft_KK))
+        order = assignment(whole_KK)
         return permutation_matrix(order), order, jnp.ones_like(hard)
 
     return jax.lax.cond(ripe, choose, lambda: (soft_KK, order_K, hard))

@@ -4,6 +4,10 @@ While the order is soft they are x M, a dense product; when it is hard, x[..., p
 `fsdp`. A device gathers, in the compute dtype, those that it multiplies, and gathers them again in the backward pass: all of them, or,
 where `tensor` splits the inputs, the rows of its own inputs, and then partial sums of all mixed inputs travel to their shards.
 
+A condition chooses between the two, so that a hard order costs no product; several devices of a CPU compute both. Their programs lose
+the order of collectives inside conditions when they are read back from the cache of compiled programs (JAX 0.11.2), and devices then
+wait for each other at different ones.
+
 Legend: B batch, L length, K inputs, T shards of `tensor`.
 """
 
@@ -45,6 +49,7 @@ def mixed(
     split = "tensor" if tensor_side(pattern, dims, mesh) == "in" else None
     stored = spec_of(SOFT_DIMS, soft_KK.shape, mesh)
     gather = tuple(axis for axis in axes_in(stored) if axis != split)
+    platform = None if mesh.abstract_device is None else mesh.abstract_device.platform
 
     def device(x: jax.Array, soft: jax.Array, order_K: jax.Array, hard: jax.Array) -> jax.Array:
         def product() -> jax.Array:
@@ -58,9 +63,12 @@ def mixed(
                 rows = own_range(rows, own, 0)
             return jax.lax.psum_scatter(x @ rows, split, scatter_dimension=x.ndim - 1, tiled=True)
 
-        return jax.lax.cond(
-            hard > 0.0, lambda: own_inputs(x, order_K) if split is not None else _taken(x, order_K), product
-        )
+        def listed() -> jax.Array:
+            return _taken(x, order_K) if split is None else own_inputs(x, order_K)
+
+        if platform == "cpu":
+            return jnp.where(hard > 0.0, listed(), product())
+        return jax.lax.cond(hard > 0.0, listed, product)
 
     device = gathering_again(device) if gather else device
     spec = split_tokens(x.shape[0], x.shape[1], mesh).spec(split)
