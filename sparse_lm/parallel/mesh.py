@@ -85,3 +85,8 @@ def current() -> AbstractMesh | None:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def inside_shard_map() -> bool:
+    """Says whether what is being traced is one device's part of a program that is split by hand."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)

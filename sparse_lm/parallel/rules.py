@@ -29,7 +29,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "block_in": None,
     "block_out": None,
     "rank": None,
-    "permuted": None,
+    "permuted": ("tensor", "fsdp"),
     "list": None,
     "rows": ("data", "fsdp", "expert", "context"),
     "row": None,
@@ -80,7 +80,7 @@ def undivided(dims: Any, shapes: Any, mesh: Mesh | AbstractMesh) -> list[str]:
                     found.append(f"{path}: {dim} = {size} is whole on {axis} = {mesh.shape[axis]}")
 
     map_leaves(leaf, dims, shapes)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -132,6 +132,11 @@ def as_tokens(x: jax.Array) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, split_tokens(x.shape[0], x.shape[1], mesh).spec())
+
+
+def as_whole(x: jax.Array) -> jax.Array:
+    """Pins an array to every device of the mesh, whole; without a mesh it is returned as it is."""
+    return x if current() is None else jax.lax.with_sharding_constraint(x, P())
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:

@@ -26,14 +26,11 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from sparse_lm.layers.parameter import map_leaves
-from sparse_lm.parallel.collectives import sum_of_copies
+from sparse_lm.parallel.collectives import gathering_again, sum_of_copies
 from sparse_lm.parallel.rules import spec_of, split_tokens
 from sparse_lm.routing.dispatch import Order, dispatch_local, gather_rows, return_rows, sort_by_expert
 from sparse_lm.routing.exchange import ROWS, exchange, plan_exchange, starts
 from sparse_lm.routing.plan import RoutingPlan
-
-GATHERED = "gathered_weights"
-"""Checkpoint name of weights gathered over fsdp: the backward pass gathers them again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +42,14 @@ class Experts:
         on any contiguous part of the experts.
       weights: nested dict of arrays in the compute dtype.
       dims: the same nested dict of logical dims.
+      hidden: units of an expert's hidden side, which `tensor` splits where it divides them.
       on_tokens: (weights, tokens [T, D], order) -> [T, D] in one operation; None where the experts do not offer it.
     """
 
     on_rows: Callable[[Any, jax.Array, jax.Array, jax.Array | None], jax.Array]
     weights: Any
     dims: Any
+    hidden: int
     on_tokens: Callable[[Any, jax.Array, Order], jax.Array] | None = None
 
 
@@ -114,23 +113,23 @@ def dispatch_on_mesh(
     device_kind = mesh.abstract_device
     platform = device_kind.platform if device_kind is not None else None
     shards = mesh.shape["expert"] if any("expert" in spec for spec in leaf_specs) else 1
-    partial = any("tensor" in spec for spec in leaf_specs)
+    partial = spec_of(("ffn",), (experts.hidden,), mesh)[0] is not None
 
     def gathering(apply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         """`apply` on weights that are gathered over fsdp first, in the backward pass once more."""
 
         def whole(_: str, leaf: jax.Array, spec: P) -> jax.Array:
-            if "fsdp" not in spec:
+            dim = _dim_over("fsdp", spec)
+            if dim is None:
                 return leaf
-            full = jax.lax.all_gather(leaf, "fsdp", axis=spec.index("fsdp"), tiled=True)
-            return checkpoint_name(full, GATHERED)
+            return jax.lax.all_gather(leaf, "fsdp", axis=dim, tiled=True)
 
         def compute(weights: Any, *operands: Any) -> jax.Array:
             return apply(map_leaves(whole, weights, specs), *operands)
 
-        if not any("fsdp" in spec for spec in leaf_specs):
+        if all(_dim_over("fsdp", spec) is None for spec in leaf_specs):
             return compute
-        return jax.checkpoint(compute, policy=jax.checkpoint_policies.save_anything_except_these_names(GATHERED))
+        return gathering_again(compute)
 
     on_rows = gathering(experts.on_rows)
     on_tokens = None if experts.on_tokens is None else gathering(experts.on_tokens)
@@ -159,6 +158,13 @@ def dispatch_on_mesh(
     )
     y_BLD, lost = run(x_BLD, plan, experts.weights)
     return y_BLD, jax.lax.stop_gradient(jnp.sum(lost))
+
+
+def _dim_over(axis: str, spec: P) -> int | None:
+    """Returns the dimension that a mesh axis splits, alone or as the last of several; None: it splits none."""
+    return next(
+        (dim for dim, axes in enumerate(spec) if axes == axis or (isinstance(axes, tuple) and axis in axes)), None
+    )
 
 
 def buffer_rows(assignments: int, shards: int, receive_factor: float) -> int:

@@ -14,7 +14,6 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.grouped_matmul import grouped_feed_forward
 from sparse_lm.config import component
 from sparse_lm.layers.feed_forward import Activation, Aux, DenseFeedForward, FeedForward, TokenInfo, activate
-from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.layers.projection import DenseMatrix, DenseProjection, Projection
 from sparse_lm.parallel.mesh import current
 from sparse_lm.routing.dispatch import Order, Tokens, dispatch_local
@@ -101,8 +100,8 @@ class MoEFeedForward(FeedForward):
 class RoutedExperts(nnx.Module):
     """The experts' matrices, applied to rows that are sorted by expert, or to tokens where one operation does all of it."""
 
-    def __init__(self, gate: nnx.Module, up: nnx.Module | None, down: nnx.Module, activation: Activation):
-        self.gate, self.up, self.down, self.activation = gate, up, down, activation
+    def __init__(self, gate: nnx.Module, up: nnx.Module | None, down: nnx.Module, activation: Activation, hidden: int):
+        self.gate, self.up, self.down, self.activation, self.hidden = gate, up, down, activation, hidden
 
     def __call__(self, x_AD: jax.Array, group_sizes_E: jax.Array, weight_A: jax.Array | None = None) -> jax.Array:
         """Applies each expert to its rows; with the float32 weight of each row, times it."""
@@ -128,17 +127,16 @@ class RoutedExperts(nnx.Module):
     def as_function(self, dtype: Any) -> Experts:
         """Returns the experts as a function of their weights, which are cast to the compute dtype."""
         graph, state = nnx.split(self)
-
-        def cast(_: str, leaf: jax.Array) -> jax.Array:
-            return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf  # patterns are integers
-
-        weights = map_leaves(cast, nnx.to_pure_dict(state))
+        weights: dict[str, Any] = {}
         dims: dict[str, Any] = {}
         for path, variable in nnx.to_flat_state(state):
-            node = dims
-            for part in path[:-1]:
-                node = node.setdefault(part, {})
-            node[path[-1]] = tuple(variable.get_metadata("dims"))
+            value = variable.get_raw_value()
+            # Patterns are integers; what is asked of gradients stays float32, and is a scalar where nothing is.
+            value = value.astype(dtype) if isinstance(variable, nnx.Param) else value
+            for tree, leaf in ((weights, value), (dims, tuple(variable.get_metadata("dims"))[: value.ndim])):
+                for part in path[:-1]:
+                    tree = tree.setdefault(part, {})
+                tree[path[-1]] = leaf
 
         def on_rows(weights: Any, *rows: Any) -> jax.Array:
             return nnx.merge(graph, weights)(*rows)
@@ -146,7 +144,7 @@ class RoutedExperts(nnx.Module):
         def on_tokens(weights: Any, x_TD: jax.Array, order: Order) -> jax.Array:
             return nnx.merge(graph, weights).on_tokens(x_TD, order)
 
-        return Experts(on_rows, weights, dims, on_tokens if self.on_tokens is not None else None)
+        return Experts(on_rows, weights, dims, self.hidden, on_tokens if self.on_tokens is not None else None)
 
 
 class MoELayer(nnx.Module):
@@ -167,7 +165,7 @@ class MoELayer(nnx.Module):
     @property
     def experts(self) -> "RoutedExperts":
         """The experts without their router."""
-        return RoutedExperts(self.gate, self.up, self.down, self.config.activation)
+        return RoutedExperts(self.gate, self.up, self.down, self.config.activation, self.config.hidden)
 
     def __call__(self, x_BLD: jax.Array, info: TokenInfo) -> tuple[jax.Array, Aux]:
         batch, length, d_model = x_BLD.shape

@@ -14,19 +14,16 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.block_sparse_matmul import BlockTopology, block_sparse_matmul, topology_from_indices
 from sparse_lm.config import ConfigError
-from sparse_lm.parallel.collectives import sum_of_copies
+from sparse_lm.parallel.collectives import gathering_again, sum_of_copies
 from sparse_lm.parallel.mesh import current
 from sparse_lm.parallel.rules import axes_of, spec_of, split_tokens
 from sparse_lm.weight_sparsity.packed_matrix import BlockPattern, PackedMatrix
 
-GATHERED = "gathered_blocks"
-"""Checkpoint name of gathered blocks: the backward pass gathers them again."""
 HEADROOM = 1.25
 """Rows of an expert computed at once, in multiples of the mean: at loads more even than this one round serves all experts."""
 
@@ -47,7 +44,7 @@ def product(
       topology: their places.
       pattern: of the matrix.
       dims: logical dims of the two sides.
-      permutation_K: order in which inputs meet the rows of the matrix; None: their own.
+      permutation_K: order in which inputs meet the rows of the matrix; None: their own. Where `tensor` splits them, all are gathered.
     """
     mesh = current()
     if mesh is None:
@@ -56,24 +53,28 @@ def product(
     side = tensor_side(pattern, dims, mesh)
     shards = mesh.shape["tensor"]
     stored = spec_of(("blocks", "block_in", "block_out"), values_Jbb.shape, mesh)
-    axes = () if stored[0] is None else (stored[0],) if isinstance(stored[0], str) else tuple(stored[0])
+    axes = axes_in(stored)
     # In the order of columns, a shard of `tensor` holds those that it computes: only `fsdp` needs gathering.
     own_columns = side == "out" and "tensor" in axes
     gather = tuple(axis for axis in axes if not (own_columns and axis == "tensor"))
 
     def device(x: jax.Array, values: jax.Array, topology: BlockTopology, permutation_K: jax.Array | None) -> jax.Array:
-        if gather:
-            values = checkpoint_name(jax.lax.all_gather(values, gather, axis=0, tiled=True), GATHERED)
+        index = jax.lax.axis_index("tensor")
         if side is not None:
-            index = jax.lax.axis_index("tensor")
-            topology, kept = _part(topology, pattern, side, shards, index)
-            values = values if own_columns else kept(values)
-        y = block_sparse_matmul(x, values, topology, input_permutation=permutation_K)
+            topology = _part(topology, pattern, side, shards, index)
+        if side == "in" and permutation_K is not None:
+            x, permutation_K = own_inputs(x, permutation_K), None
+
+        def multiply(x: jax.Array, values: jax.Array) -> jax.Array:
+            if gather:
+                values = jax.lax.all_gather(values, gather, axis=0, tiled=True)
+            if side is not None and not own_columns:
+                values = _own_blocks(values, pattern, side, shards, index)
+            return block_sparse_matmul(x, values, topology, input_permutation=permutation_K)
+
+        y = (gathering_again(multiply) if gather else multiply)(x, values)
         return sum_of_copies(y, "tensor") if side == "in" else y
 
-    if gather:
-        policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        device = jax.checkpoint(device, policy=policy)
     run = jax.shard_map(
         device,
         mesh=mesh,
@@ -94,55 +95,93 @@ def tensor_side(pattern: BlockPattern, dims: tuple[str, str], mesh: AbstractMesh
     return "in" if "tensor" in axes_of(dims[0]) else None
 
 
+def axes_in(spec: P) -> tuple[str, ...]:
+    """Returns the mesh axes that a partition splits the first dimension over."""
+    return () if spec[0] is None else (spec[0],) if isinstance(spec[0], str) else tuple(spec[0])
+
+
+def own_inputs(x: jax.Array, order_K: jax.Array) -> jax.Array:
+    """Returns this shard's range of reordered inputs [..., K / T] from its range of them in their own order; inside shard_map.
+
+    Any input may be anywhere, so all of them are gathered over `tensor`.
+    """
+    here = own_range(order_K, x.shape[-1], 0)
+    return jnp.take(jax.lax.all_gather(x, "tensor", axis=x.ndim - 1, tiled=True), here, axis=-1, mode="clip")
+
+
+def own_range(a: jax.Array, own: int, axis: int) -> jax.Array:
+    """Returns this shard's range, `own` long, of a dimension that `tensor` splits; inside shard_map."""
+    return jax.lax.dynamic_slice_in_dim(a, jax.lax.axis_index("tensor") * own, own, axis)
+
+
+def among_zeros(a: jax.Array, size: int) -> jax.Array:
+    """Returns this shard's range of the last dimension at its place among zeros, `size` long in all; inside shard_map."""
+    place = jax.lax.axis_index("tensor") * a.shape[-1]
+    return jax.lax.dynamic_update_slice_in_dim(jnp.zeros((*a.shape[:-1], size), a.dtype), a, place, a.ndim - 1)
+
+
 def check_mesh(packed: dict[str, PackedMatrix], mesh: AbstractMesh | Mesh) -> None:
     """Raises ConfigError where `tensor` cannot split the packed matrices of a model as it splits its activations."""
     shards = mesh.shape["tensor"]
     for path, matrix in packed.items():
         side, pattern = tensor_side(matrix.pattern, matrix.dims, mesh), matrix.pattern
-        if shards > 1 and matrix.experts:
-            raise ConfigError("mesh.tensor", shards, f"1 with packed experts ({path}); split them over mesh.expert")
         if side is not None and not pattern.constant_fan_in:
             raise ConfigError("projection.fan_in", "free", f"constant where mesh.tensor ({shards}) splits {path}")
         if side == "in" and pattern.row_shards % shards:
             allowed = f"a multiple of mesh.tensor ({shards}), which splits the rows of {path}"
             raise ConfigError("projection.row_shards", pattern.row_shards, allowed)
-        if side == "in" and matrix.permuted:
-            order = "learned" if matrix.learned else "random"
-            allowed = f"none where mesh.tensor ({shards}) splits the inputs of {path}"
-            raise ConfigError("projection.permutation", order, allowed)
 
 
-def _part(topology: BlockTopology, pattern: BlockPattern, side: str, shards: int, index: jax.Array):
-    """Returns (topology of one shard's part of a matrix, the function that takes its blocks from all).
+def _own_blocks(a: jax.Array, pattern: BlockPattern, side: str, shards: int, index: jax.Array) -> jax.Array:
+    """Returns one shard's part of an array with an entry for every block of a matrix, [J, ...]."""
+    columns, fan_in = pattern.columns, pattern.fan_in
+    if side == "out":
+        own = columns // shards * fan_in
+        return jax.lax.dynamic_slice_in_dim(a, index * own, own, 0)
+    split = a.reshape(columns, shards, fan_in // shards, *a.shape[1:])
+    return jax.lax.dynamic_index_in_dim(split, index, 1, keepdims=False).reshape(-1, *a.shape[1:])
+
+
+def _part(topology: BlockTopology, pattern: BlockPattern, side: str, shards: int, index: jax.Array) -> BlockTopology:
+    """Returns the topology of one shard's part of a matrix.
 
     Its lists are derived where they are used: a checkpoint then holds one pattern for every mesh.
     """
-    fan_in, columns = pattern.fan_in, pattern.columns
+    columns, fan_in, rows, first_row = pattern.columns, pattern.fan_in, pattern.rows, jnp.int32(0)
     if side == "out":
-        own_columns, own_fan_in, own_rows = columns // shards, fan_in, pattern.rows
-
-        def kept(a: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(a, index * (own_columns * fan_in), own_columns * fan_in, 0)
-
-        first_row = 0
+        columns = columns // shards
     else:
-        own_columns, own_fan_in, own_rows = columns, fan_in // shards, pattern.rows // shards
-
-        def kept(a: jax.Array) -> jax.Array:
-            split = a.reshape(columns, shards, own_fan_in, *a.shape[1:])
-            part = jax.lax.dynamic_index_in_dim(split, index, 1, keepdims=False)
-            return part.reshape(columns * own_fan_in, *a.shape[1:])
-
-        first_row = index * own_rows
+        fan_in, rows = fan_in // shards, rows // shards
+        first_row = index * rows
     own, _ = topology_from_indices(
-        kept(topology.row_index) - first_row,
-        jnp.repeat(jnp.arange(own_columns, dtype=jnp.int32), own_fan_in),
-        features_in=own_rows * pattern.block,
-        features_out=own_columns * pattern.block,
+        _own_blocks(topology.row_index, pattern, side, shards, index) - first_row,
+        jnp.repeat(jnp.arange(columns, dtype=jnp.int32), fan_in),
+        features_in=rows * pattern.block,
+        features_out=columns * pattern.block,
         block_in=pattern.block,
         block_out=pattern.block,
     )
-    return own, kept
+    return own
+
+
+def of_experts(
+    values_EJbb: jax.Array, topology: BlockTopology, pattern: BlockPattern, side: str
+) -> tuple[jax.Array, BlockTopology]:
+    """Returns blocks and topologies of one shard's part of every expert's matrix, of which `tensor` splits a side; inside shard_map.
+
+    Args:
+      values_EJbb: all blocks, or those of the shard's range of the order of columns.
+      topology: of the whole matrices.
+      pattern: of one.
+      side: "in" or "out", see `tensor_side`.
+    """
+    split = side, jax.lax.axis_size("tensor"), jax.lax.axis_index("tensor")
+    own_columns = side == "out" and values_EJbb.shape[1] < pattern.blocks
+    if not own_columns:
+        if values_EJbb.shape[1] < pattern.blocks:
+            values_EJbb = jax.lax.all_gather(values_EJbb, "tensor", axis=1, tiled=True)
+        values_EJbb = jnp.moveaxis(_own_blocks(jnp.moveaxis(values_EJbb, 1, 0), pattern, *split), 0, 1)
+    return values_EJbb, jax.vmap(lambda topology: _part(topology, pattern, *split))(topology)
 
 
 def rows_at_once(rows: int, experts: int) -> int:

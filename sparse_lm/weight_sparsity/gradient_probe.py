@@ -6,7 +6,7 @@ Its shape says what is asked:
 
     ()                       nothing: what training uses
     [*experts, R, C]         the squared norm of every block of x^T dy (needs the whole step in one microbatch: norms do not add)
-    [*experts, K, columns]   the gradient of a slab of block columns, which adds over microbatches
+    [*experts, K, columns]   the gradient of a slab of block columns, which adds over microbatches and devices
 
 Legend: K inputs, N outputs, R and C block rows and columns, A rows sorted by expert, E experts.
 """
@@ -32,7 +32,7 @@ class Probe(nnx.Variable):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def observed(
     pattern: BlockPattern,
-    spread: bool,
+    axes: tuple[str, ...] | None,
     x: jax.Array,
     y: jax.Array,
     probe: jax.Array,
@@ -43,7 +43,8 @@ def observed(
 
     Args:
       pattern: of the matrix.
-      spread: whether rows are spread over devices (sums over them are then left to XLA).
+      axes: where the rows of a matrix are spread over devices. None: they are not; (): sums over them are left to XLA; names: those of
+        the mesh, inside a shard_map that holds copies of the probe over them and adds the cotangents of the copies.
       x: inputs [..., K], or [A, K] sorted by expert.
       y: outputs.
       probe: zeros, see the module.
@@ -53,26 +54,28 @@ def observed(
     return y
 
 
-def _forward(pattern, spread, x, y, probe, first, sizes_E):
+def _forward(pattern, axes, x, y, probe, first, sizes_E):
     return y, (x, probe, first, sizes_E)
 
 
-def _backward(pattern, spread, residuals, dy):
+def _backward(pattern, axes, residuals, dy):
     x, probe, first, sizes_E = residuals
     block = pattern.block
     if probe.shape[-2:] != (pattern.rows, pattern.columns):
         found = _slab(x, dy, first.astype(jnp.int32), probe.shape[-1] // block, block, sizes_E)
-    elif sizes_E is None and not spread:
+    elif sizes_E is None and axes is None:
         found = block_gradient_norms(x, dy, block_in=block, block_out=block)
     else:
         per_slab = next(c for c in range(max(1, SLAB // block), 0, -1) if pattern.columns % c == 0)
 
         def norms(start: jax.Array) -> jax.Array:
             slab = _slab(x, dy, start, per_slab, block, sizes_E)
-            return slab_norms(slab, block)
+            return slab_norms(jax.lax.psum(slab, axes) if axes else slab, block)
 
         slabs = jax.lax.map(norms, jnp.arange(0, pattern.columns, per_slab))
         found = jnp.moveaxis(slabs, 0, -2).reshape(probe.shape)
+        if axes:  # every copy has the norms of the sum: each gives its share
+            found = found / jax.lax.axis_size(axes)
     return jnp.zeros_like(x), dy, found, jnp.zeros_like(first), None
 
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.config import Config
+from sparse_lm.parallel.rules import as_whole
 
 STAYS = 0.5
 """Share of an input that at first stays in its place; the rest is spread over all by random numbers."""
@@ -130,9 +131,11 @@ def harden(
       threshold: of the penalty.
     """
     ripe = (hard == 0.0) & (now | (penalty(soft_KK) < threshold))
+    # Every choice looks at the whole matrix: gathered once, not searched in parts K times.
+    whole_KK = as_whole(soft_KK)
 
     def choose() -> tuple[jax.Array, jax.Array, jax.Array]:
-        order = assignment(soft_KK)
+        order = assignment(whole_KK)
         return permutation_matrix(order), order, jnp.ones_like(hard)
 
     return jax.lax.cond(ripe, choose, lambda: (soft_KK, order_K, hard))
@@ -141,10 +144,3 @@ def harden(
 def after_step(before: jax.Array, moved: jax.Array, hard: jax.Array, finite: jax.Array) -> jax.Array:
     """Returns the soft matrices [..., K, K] after an optimizer's step: doubly stochastic again, or as they were where nothing may change."""
     return jnp.where((finite & (hard == 0.0))[..., None, None], doubly_stochastic(moved), before)
-
-
-def mixed(x: jax.Array, soft_KK: jax.Array, order_K: jax.Array, hard: jax.Array) -> jax.Array:
-    """Returns the inputs as the blocks meet them, [..., K]: a product while the permutation is soft, a gather when it is hard."""
-    return jax.lax.cond(
-        hard > 0.0, lambda: jnp.take(x, order_K, axis=-1, mode="clip"), lambda: x @ soft_KK.astype(x.dtype)
-    )

@@ -70,7 +70,7 @@ class Packed(WeightSparsity):
         self, definition: "Definition", optimizer: "Optimizer", steps: int, microbatches: int
     ) -> "PackedSparsifier":
         """See WeightSparsity.build."""
-        name, mesh = type(self.algorithm).__name__, definition.mesh
+        name = type(self.algorithm).__name__
         if not definition.packed:
             allowed = "none or masked in a model whose projections are all dense (see --with projection=block_sparse)"
             raise ConfigError("", "packed", allowed)
@@ -81,8 +81,6 @@ class Packed(WeightSparsity):
                 raise ConfigError(
                     "algorithm", name, f"set, rigl or static where the order of inputs is learned ({path})"
                 )
-            if self.algorithm.reads == "gradient" and matrix.experts and mesh is not None and mesh.size > 1:
-                raise ConfigError("algorithm", name, f"set or static for experts spread over a mesh ({path})")
         return PackedSparsifier(self, definition, steps, microbatches)
 
 
@@ -95,6 +93,7 @@ class PackedSparsifier(Sparsifier):
         self.algorithm, self.schedule, self.steps = config.algorithm, config.schedule, steps
         self.microbatches, self.packed, self.dims = microbatches, definition.packed, flatten(definition.dims)
         self.shuffle, self.learned = config.shuffle, {p: m for p, m in definition.packed.items() if m.learned}
+        self.on_mesh = definition.on_mesh
 
     def masks(self, model_state: Tree) -> dict[str, jax.Array]:
         """Returns which blocks exist in every matrix, bool [..., R, C]."""
@@ -187,10 +186,11 @@ class PackedSparsifier(Sparsifier):
             if moment.changes:
                 size = soft.shape[-1]
                 # One after the other: a condition over all at once would choose an assignment for each.
-                found = jax.lax.map(
-                    lambda one: learned_permutation.harden(one[0], one[1], one[2], now, threshold),
-                    (soft.reshape(-1, size, size), order.reshape(-1, size), hard.reshape(-1)),
-                )
+                with self.on_mesh():
+                    found = jax.lax.map(
+                        lambda one: learned_permutation.harden(one[0], one[1], one[2], now, threshold),
+                        (soft.reshape(-1, size, size), order.reshape(-1, size), hard.reshape(-1)),
+                    )
                 new_soft, new_order, new_hard = found
                 soft, order = new_soft.reshape(soft.shape), new_order.reshape(order.shape)
                 model_state |= {f"{path}.permutation": order, f"{path}.hard": new_hard.reshape(hard.shape)}

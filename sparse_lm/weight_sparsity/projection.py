@@ -23,10 +23,18 @@ from sparse_lm.config import ConfigError
 from sparse_lm.layers.parameter import ModelState, StandsFor, declare
 from sparse_lm.layers.projection import Projection
 from sparse_lm.layers.projection import product as dense_product
-from sparse_lm.parallel.mesh import current
-from sparse_lm.weight_sparsity.block_sparse import grouped_product, product
+from sparse_lm.parallel.mesh import current, inside_shard_map
+from sparse_lm.weight_sparsity.block_sparse import (
+    among_zeros,
+    grouped_product,
+    of_experts,
+    own_inputs,
+    own_range,
+    product,
+    tensor_side,
+)
 from sparse_lm.weight_sparsity.gradient_probe import Probe, observed
-from sparse_lm.weight_sparsity.learned_permutation import mixed
+from sparse_lm.weight_sparsity.mixed_inputs import SOFT_DIMS, mixed
 from sparse_lm.weight_sparsity.packed_matrix import BlockPattern, TopologyState
 
 PermutationKind = Literal["none", "random", "learned"]
@@ -140,9 +148,10 @@ class BlockSparseMatrix(nnx.Module):
         self.topology = TopologyState(pattern, experts)
         learned, list_K = order == "learned", jnp.zeros((pattern.inputs,), jnp.int32)
         self.permutation = None if order == "none" else ModelState(list_K, dims=("list",), initial=0)
-        self.soft = declare((pattern.inputs, pattern.inputs), ("permuted", "permuted"), "zeros") if learned else None
+        self.soft = declare((pattern.inputs, pattern.inputs), SOFT_DIMS, "zeros") if learned else None
         self.hard = ModelState(jnp.zeros((), jnp.float32), dims=(), initial=0) if learned else None
-        self.probe, self.slab = (Probe(jnp.zeros((), jnp.float32), dims=()) for _ in range(2))
+        nothing = jnp.zeros((), jnp.float32)
+        self.probe, self.slab = Probe(nothing, dims=(*batch_dims, "list", "list")), Probe(nothing, dims=())
         dense = StandsFor((*batch_dims, *dims), sides, 1.0)
         into, out = (*batch, pattern.inputs, rank), (*batch, rank, pattern.outputs)
         self.into = declare(into, (*batch_dims, dims[0], "rank"), stands_for=dense) if rank else None
@@ -154,7 +163,8 @@ class BlockSparseMatrix(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         order_K, values, met = self._order(), self.values[...].astype(x.dtype), x
         if self.soft is not None and self.hard is not None and order_K is not None:
-            met, order_K = mixed(x, self.soft[...], order_K, self.hard[...]), None
+            met = mixed(x, self.soft[...], order_K, self.hard[...], self.pattern, self.dims)
+            order_K = None
         y = product(met, values, self.topology(), self.pattern, self.dims, order_K)
         y = self._observed(met, y, order_K, None)
         if self.into is not None and self.out is not None:
@@ -162,21 +172,47 @@ class BlockSparseMatrix(nnx.Module):
         return y
 
     def grouped(self, x_AK: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-        """Multiplies each expert's rows by its matrix; rows past the sum of sizes give zeros."""
-        order_K, dtype = self._order(), x_AK.dtype
-        permuted_AK = x_AK if order_K is None else jnp.take(x_AK, order_K, axis=1)
-        y_AN = grouped_product(permuted_AK, self.values[...].astype(dtype), self.topology(), group_sizes_E)
-        y_AN = self._observed(permuted_AK, y_AN, None, group_sizes_E)
+        """Multiplies each expert's rows by its matrix; rows past the sum of sizes give zeros.
+
+        Inside a shard_map whose `tensor` splits a side of the matrix: its part of the inputs gives a part of the sum, or a part of the outputs.
+        """
+        order_K, dtype, side = self._order(), x_AK.dtype, self._split_side()
+        values, topology = self.values[...].astype(dtype), self.topology()
+        met_AK = x_AK
+        if order_K is not None:
+            met_AK = own_inputs(x_AK, order_K) if side == "in" else jnp.take(x_AK, order_K, axis=1)
+        if side is not None:
+            values, topology = of_experts(values, topology, self.pattern, side)
+        y_AN = grouped_product(met_AK, values, topology, group_sizes_E)
+        y_AN = self._observed(met_AK, y_AN, None, group_sizes_E)
         if self.into is not None and self.out is not None:
             low_AR = grouped_matmul(x_AK, self.into[...].astype(dtype), group_sizes_E)
             y_AN = y_AN + grouped_matmul(low_AR, self.out[...].astype(dtype), group_sizes_E)
         return y_AN
 
+    def _split_side(self) -> str | None:
+        """Returns which side of the matrix is split where it runs inside a shard_map."""
+        mesh = current()
+        return tensor_side(self.pattern, self.dims, mesh) if mesh is not None and inside_shard_map() else None
+
     def _observed(
         self, x: jax.Array, y: jax.Array, order_K: jax.Array | None, group_sizes_E: jax.Array | None
     ) -> jax.Array:
-        probe = self.probe[...]
+        probe, side, own = self.probe[...], self._split_side(), y.shape[-1]
         if not probe.ndim:
             return y
         x = x if order_K is None else jnp.take(x, order_K, axis=-1)
-        return observed(self.pattern, current() is not None, x, y, probe, self.slab[...], group_sizes_E)
+        # The gradient of a part is that of the whole with zeros elsewhere, and the parts add up.
+        x = among_zeros(x, self.pattern.inputs) if side == "in" else x
+        y = among_zeros(y, self.pattern.outputs) if side == "out" else y
+        y = observed(self.pattern, self._spread(probe), x, y, probe, self.slab[...], group_sizes_E)
+        return own_range(y, own, y.ndim - 1) if side == "out" else y
+
+    def _spread(self, probe: jax.Array) -> tuple[str, ...] | None:
+        """Returns over which devices the rows of a matrix are spread, as `observed` takes it."""
+        mesh = current()
+        if mesh is None or not inside_shard_map():
+            return None if mesh is None else ()
+        # Rows of an expert have come to the shard that owns it; of a matrix that `tensor` splits, a shard has a part of every row.
+        apart = [*(["expert"] if probe.shape[0] < self.experts else []), *(["tensor"] if self._split_side() else [])]
+        return tuple(axis for axis in mesh.axis_names if axis not in apart)

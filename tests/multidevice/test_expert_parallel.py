@@ -99,7 +99,7 @@ def on_mesh(mesh: Mesh, receive_factor: float = 0.0):
 
     def total(plan, x_BLD, weights, weight_GA, cotangent):
         plan = dataclasses.replace(plan, weight_GA=weight_GA * (plan.expert_GA < E))
-        y, lost = dispatch_on_mesh(mesh.abstract_mesh, x_BLD, plan, Experts(apply, weights, DIMS), receive_factor)
+        y, lost = dispatch_on_mesh(mesh.abstract_mesh, x_BLD, plan, Experts(apply, weights, DIMS, D), receive_factor)
         return jnp.sum(y * cotangent), (y, lost)
 
     step = tiny.jit(jax.value_and_grad(total, argnums=(1, 2, 3), has_aux=True))
@@ -216,7 +216,7 @@ def test_rows_are_exchanged_once_each_way_and_no_more_than_there_are(remat) -> N
     def total(x_BLD, weights, weight_GA):
         def layer(x_BLD, weights, weight_GA):
             routed = dataclasses.replace(plan, weight_GA=weight_GA)
-            return dispatch_on_mesh(mesh, x_BLD, routed, Experts(apply, weights, DIMS), 1.5)[0]
+            return dispatch_on_mesh(mesh, x_BLD, routed, Experts(apply, weights, DIMS, D), 1.5)[0]
 
         if remat == "block":
             layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*NEVER_REPEATED))
@@ -234,7 +234,9 @@ def test_rows_are_exchanged_once_each_way_and_no_more_than_there_are(remat) -> N
     gathers = [line for line in text.splitlines() if "stablehlo.all_gather" in line]
     # by name, or (before JAX 0.11) by number: devices that differ in fsdp are four apart
     axes = [re.findall(r'axis_ref<name = "(\w+)">|replica_groups = dense<(.*?)> :', line) for line in gathers]
-    assert gathers and all(axis in ([("fsdp", "")], [("", "[[0, 4], [1, 5], [2, 6], [3, 7]]")]) for axis in axes)
+    # Two matrices, and in the backward pass again; a rematerialised block asks for one twice there, which XLA joins.
+    assert len(gathers) == {"none": 4, "block": 5}[remat]
+    assert all(axis in ([("fsdp", "")], [("", "[[0, 4], [1, 5], [2, 6], [3, 7]]")]) for axis in axes)
 
 
 def test_the_shared_expert_and_the_exchange_need_nothing_of_each_other() -> None:
