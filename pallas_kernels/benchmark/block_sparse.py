@@ -3,6 +3,8 @@
     python scripts/benchmark.py kernels --op block_sparse        the table, as text and JSON, and the picture
     python scripts/benchmark.py tune                             every candidate tiling; prints the table of tunings
 
+On a CPU with several devices (XLA_FLAGS=--xla_force_host_platform_device_count=2: one a core) rows are split over them.
+
 A ratio compares with a dense product of the same run: on fully random weights (the claim), and on the masked weights,
 where cuBLAS runs faster because most operands are zero (the harsh check). Legend: M rows, K, N features.
 """
@@ -19,6 +21,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.benchmark.timing import compile_all, has_device_timer, time_all
 from pallas_kernels.block_gradient_norms import block_gradient_norms
@@ -94,6 +98,29 @@ DENSE = {
 }
 
 
+def over_devices(jobs: dict[str, tuple]) -> dict[str, tuple]:
+    """The same jobs with the rows of x and dy split over all devices, as a training step splits its tokens; weight gradients are summed.
+
+    Args:
+        jobs: name -> (function of (x [1, M, K], dy [1, M, N], ...), arguments); a name that ends in dvalues is a weight gradient.
+    """
+    mesh = jax.make_mesh((jax.device_count(),), ("rows",))
+
+    def spread(name: str, function, arguments) -> tuple:
+        whole, split = P(), P(None, "rows")
+        specs = (split, split, *[whole] * (len(arguments) - 2))
+        summed, dense = name.endswith("dvalues"), name.startswith("dense")
+
+        def run(*own):
+            return jax.lax.psum(function(*own), "rows") if summed else function(*own)
+
+        out = whole if summed else P("rows") if dense else split
+        placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(arguments, specs, strict=True)]
+        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False), tuple(placed)
+
+    return {name: spread(name, *job) for name, job in jobs.items()}
+
+
 def relative_error(found, wanted) -> float:
     """Relative Frobenius distance in float32."""
     found, wanted = found.astype(jnp.float32).ravel(), wanted.astype(jnp.float32).ravel()
@@ -139,6 +166,10 @@ def measure(case: Case, *, rounds: int = 2, backend: str | None = None) -> list[
     arguments = (x, dy, values, jax.tree.map(lambda a: a[None], topology))
     jobs: dict[str, tuple] = {name: (function, arguments) for name, function in sparse_products(backend).items()}
     jobs |= {f"dense {name}": (function, (x, dy, w)) for name, function in DENSE.items()}
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jobs = over_devices(jobs)
+        (x, dy, w), arguments = jobs["dense forward"][1], jobs["forward"][1]
+        masked = jax.device_put(masked, w.sharding)
     if case.density == 1.0 and backend is None:
         norms = functools.partial(block_gradient_norms, block_in=case.block, block_out=case.block)
         jobs["norms"] = (lambda x, dy: norms(x[0], dy[0]), (x, dy))
