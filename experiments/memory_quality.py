@@ -2,7 +2,7 @@
 
 Eight arms of equal active operations and, but for `dense`, equal parameters (`experiments/memory_arms.py`): dense and routed models, each
 alone, with Engram, and with its two controls, whose rows belong to single tokens or to n-grams mixed with their position. Every arm
-trains as one population: its learning rate is tuned (five rates, one seed, a quarter of the steps), then five other seeds, the same for
+trains as one population: its learning rate is tuned (five rates, one seed, an eighth of the steps), then five other seeds, the same for
 all arms, train at the best one. Held-out tokens are sorted into kinds (`experiments/memory_data.py`), so that a gain splits into
 recall and reasoning.
 
