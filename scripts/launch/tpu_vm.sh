@@ -18,7 +18,9 @@ recipe=${3:?recipe}
 bucket=${4:?gs://... directory of the run}
 shift 4
 
-train="cd ~/sparse_lm && .venv/bin/python scripts/pretrain.py $recipe --run-dir runs/$recipe"
+# Rows of experts travel beside other work only with this flag (docs/scale.md).
+overlap="LIBTPU_INIT_ARGS=--xla_tpu_enable_async_ragged_all_to_all=true"
+train="cd ~/sparse_lm && $overlap .venv/bin/python scripts/pretrain.py $recipe --run-dir runs/$recipe"
 train="$train --checkpoint.directory $bucket/checkpoints --distributed.cluster gcetpu $*"
 
 again="while :; do $train; code=\$?; [ \$code -eq 75 ] || [ \$code -ge 128 ] || exit \$code; sleep 30; done"
