@@ -93,11 +93,13 @@ def compare(options: argparse.Namespace) -> None:
     import jax
 
     import experiments
+    from experiments.command_line import or_exit
     from experiments.smoke import smoke
     from sparse_lm.train.side_by_side import side_by_side
 
-    recipes = [experiments.load(name) for name in options.recipes]
-    rows = side_by_side([smoke(recipe) for recipe in recipes] if options.smoke else recipes, rounds=options.rounds)
+    recipes = or_exit(lambda: [experiments.load(name) for name in options.recipes])
+    recipes = [smoke(recipe) for recipe in recipes] if options.smoke else recipes
+    rows = or_exit(lambda: side_by_side(recipes, rounds=options.rounds))
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     for row in rows:
         mfu = "" if row["mfu"] is None else f", MFU {row['mfu']:.1%}"

@@ -60,10 +60,6 @@ class HostArray:
         """Returns the rows as one-dimensional records, which share the memory."""
         return as_records(self.values)
 
-    def zeros(self) -> "HostArray":
-        """Returns zeros of the same shape and dtype; they take no memory until they are written to."""
-        return HostArray(np.zeros(self.values.shape, self.dtype), self._total, self._first)
-
     def with_rows(self, values_RD: np.ndarray) -> "HostArray":
         """Returns the same rows of another table of this shape."""
         own = values_RD if self.whole else values_RD[self._first : self._first + len(self.values)].copy()

@@ -81,7 +81,13 @@ def side_by_side(
       For each {"name", "parameters", "step_ms" (median of the rounds), "rounds_ms", "tokens_per_s", "mfu", "state_gb" (parameters and
       optimizer), "temporary_gb" (XLA's count for one device), "compile_s", "kernels_ms" (device time of a step by kernel; empty where no
       device timer is), "times_faster" (than the first), "state_ratio" (to the first)}.
+
+    Raises:
+      ValueError: without recipes, or for a number of rounds or of steps below 1.
     """
+    for name, value in (("recipes", len(recipes)), ("rounds", rounds), ("repeats", repeats)):
+        if value < 1:
+            raise ValueError(f"{name} = {value}; allowed: at least 1")
     contenders = [Contender(recipe, mean_document) for recipe in recipes]
     for _, contender in itertools.product(range(rounds), contenders):
         contender.turn(repeats)

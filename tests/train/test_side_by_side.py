@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 
 import numpy as np
+import pytest
 import tiny
 
 from sparse_lm.train.side_by_side import side_by_side
@@ -21,3 +22,10 @@ def test_ratios_are_to_the_first_recipe(tmp_path: pathlib.Path) -> None:
     # AdamW: two moments beside each parameter, float32, and a count.
     assert second["state_gb"] * 1e9 - 12 * second["parameters"] == 4
     assert second["state_ratio"] == second["state_gb"] / first["state_gb"] > 1
+
+
+def test_impossible_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="rounds = 0; allowed: at least 1"):
+        side_by_side([tiny.recipe(pathlib.Path())], rounds=0)
+    with pytest.raises(ValueError, match="recipes = 0; allowed: at least 1"):
+        side_by_side([])
