@@ -56,11 +56,11 @@ def tune(options: argparse.Namespace) -> None:
     if options.op in ("block_sparse", "all"):
         from pallas_kernels.benchmark import block_sparse
 
-        block_sparse.tune(_beside(options.json, "block_sparse", options.op != "all"))
+        block_sparse.tune(_beside(options.json, "block_sparse", options.op != "all"), options.only)
     if options.op in ("grouped", "all"):
         from pallas_kernels.benchmark import grouped
 
-        grouped.tune(_beside(options.json, "grouped", options.op != "all"))
+        grouped.tune(_beside(options.json, "grouped", options.op != "all"), options.only)
 
 
 def training(arguments: list[str]) -> None:
@@ -197,27 +197,29 @@ def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs one subcommand; each imports what it needs only then."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, function, operations in (
+    for name, function, operations, what, example in (
         (
             "kernels",
             kernels,
             ["block_sparse", "grouped", "libraries", "norms", "fused", "feed_forward", "lookup", "all"],
+            "parts",
+            "torch BSR",
         ),
-        ("tune", tune, ["block_sparse", "grouped", "all"]),
+        ("tune", tune, ["block_sparse", "grouped", "all"], "candidates", "0.5 product_transposed"),
     ):
         command = commands.add_parser(name, help=function.__doc__)
         command.add_argument("--op", choices=operations, default="all", help="which operations")
         command.add_argument("--json", help="write the numbers to this file")
+        command.add_argument(
+            "--only",
+            default="",
+            help=f"only {what} in whose name this regular expression is found, for example '{example}'",
+        )
         command.set_defaults(function=function)
         if name == "kernels":
             command.add_argument("--picture", help="draw the speed-ups into this file")
             command.add_argument(
                 "--backend", help="time this backend, for example triton, instead of the automatic choice"
-            )
-            command.add_argument(
-                "--only",
-                default="",
-                help="only parts in whose name this regular expression is found, for example 'torch BSR'",
             )
     commands.add_parser("train", help=training.__doc__, add_help=False)
     command = commands.add_parser("compare", help=compare.__doc__)

@@ -16,6 +16,7 @@ import functools
 import itertools
 import json
 import pathlib
+import re
 from collections.abc import Callable
 
 import jax
@@ -356,44 +357,56 @@ def parts(backend: str | None) -> dict[str, Callable[[], list[dict]]]:
     return found
 
 
-def tune(json_path: str | None = None) -> list[dict]:
-    """Times every candidate tiling at each density class of the square shape; what ``tuned_tiles.py`` is made from."""
-    from pallas_kernels.block_sparse_matmul import mosaic_gpu
+def candidates() -> dict[str, tuple]:
+    """Every tiling the autotuner tries: name -> (operation, tile)."""
     from pallas_kernels.block_sparse_matmul.mosaic_gpu_product import ProductTile
     from pallas_kernels.block_sparse_matmul.mosaic_gpu_sampled import SampledTile
 
-    found = []
-    for density in (0.05, 0.1, 0.25, 0.5, 1.0):
+    found: dict[str, tuple] = {}
+    for width, swapped, (stages, stores) in itertools.product((1, 2, 4, 8), (False, True), ((4, 2), (3, 4))):
+        tile = ProductTile(width=width, swapped=swapped, stages=stages, stores=stores)
+        for operation in ("product", "product_transposed"):
+            found[f"{operation} width {width} {'swapped' if swapped else 'straight'} {stages} stages"] = (
+                operation,
+                tile,
+            )
+    for split in (False, True):
+        found[f"sampled_product {'split' if split else 'whole'}"] = ("sampled_product", SampledTile(split=split))
+    return found
+
+
+def tune(json_path: str | None = None, only: str = "") -> list[dict]:
+    """Times every candidate tiling at each density class of the square shape; what ``tuned_tiles.py`` is made from.
+
+    Args:
+        json_path: Where the numbers go; None prints only.
+        only: Candidates in whose name, for example "0.5 product_transposed width 4 swapped 4 stages", this regular expression is found.
+    """
+    from pallas_kernels.block_sparse_matmul import mosaic_gpu
+
+    report = []
+    for density in DENSITIES[::-1]:
+        tiles = {name: tile for name, tile in candidates().items() if re.search(only, f"{density} {name}")}
+        if not tiles:
+            continue
         case = Case(*SQUARE, 128, density)
         x, dy = random(1, (1, case.m, case.k), jnp.bfloat16), random(2, (1, case.m, case.n), jnp.bfloat16)
         topology = jax.tree.map(lambda a: a[None], topology_from_mask(make_mask(case), case.block, case.block))
         values = random(3, (1, topology.blocks, case.block, case.block), jnp.bfloat16, 0.02)
-        jobs: dict[str, tuple] = {}
-        tiles: dict[str, tuple] = {}
-        ring = ({"stages": 4, "stores": 2}, {"stages": 3, "stores": 4})
-        for width, swapped, buffers in itertools.product((1, 2, 4, 8), (False, True), ring):
-            product_tile = ProductTile(width=width, swapped=swapped, **buffers)
-            tiles[f"product {product_tile}"] = ("product", product_tile, x, values)
-            tiles[f"product_transposed {product_tile}"] = ("product_transposed", product_tile, dy, values)
-        for split in (False, True):
-            tiles[f"sampled_product split={split}"] = ("sampled_product", SampledTile(split=split), x, dy)
-        for name, (operation, tile, first, second) in tiles.items():
+        operands = {"product": (x, values), "product_transposed": (dy, values), "sampled_product": (x, dy)}
+        jobs = {}
+        for name, (operation, tile) in tiles.items():
             function = functools.partial(getattr(mosaic_gpu, operation), tile=tile)
-            jobs[name] = (function, (first, second, topology))
+            jobs[name] = (function, (*operands[operation], topology))
         compiled, failed = compile_all(jobs)
         for name, message in failed.items():
-            print("FAILED", name, message)
+            print("FAILED", density, name, message)
         timings = time_all({name: (compiled[name], jobs[name][1]) for name in compiled}, rounds=2)
         for name, timing in sorted(timings.items(), key=lambda item: (tiles[item[0]][0], item[1].median)):
-            operation, tile = tiles[name][:2]
-            row = {
-                "operation": operation,
-                "density": density,
-                "tile": dataclasses.asdict(tile),
-                "ms": timing.median * 1e3,
-            }
-            found.append(row)
-            print(row, flush=True)
+            operation, tile = tiles[name]
+            print(f"{density} {name}: {timing.median * 1e3:.4f} ms, spread {timing.spread:.2f}", flush=True)
+            numbers = {"ms": timing.median * 1e3, "spread": timing.spread}
+            report.append({"operation": operation, "density": density, "tile": dataclasses.asdict(tile), **numbers})
     if json_path:
-        pathlib.Path(json_path).write_text(json.dumps(found, indent=1))
-    return found
+        pathlib.Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
+    return report

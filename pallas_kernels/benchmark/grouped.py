@@ -15,6 +15,7 @@ import functools
 import itertools
 import json
 import pathlib
+import re
 import time
 from collections.abc import Callable
 
@@ -344,15 +345,24 @@ def check(functions, seed: int = 0):
                 )
 
 
-def tune(json_path: str | None = None, shapes=("E64", "E128", "E8"), only: str = "") -> None:
-    """Times every tile candidate of every product; what `tiles.py` is made from. `only`: candidates whose names contain it."""
-    functions = {name: tile_functions(*tiles) for name, tiles in candidates().items() if only in name}
+def tune(json_path: str | None = None, only: str = "") -> None:
+    """Times every tile candidate of every product; what `tiles.py` is made from.
+
+    Args:
+        json_path: Where the numbers go; None prints only.
+        only: Candidates in whose name, for example "E64 128x256 minor1 width4 life8", this regular expression is found.
+    """
     report: list[dict] = []
-    for shape in shapes:
-        report += measure(shape, ("uniform", "zipf"), functions, jnp.bfloat16, 2)
-        show([row for row in report if row["shape"] == shape])
+    for shape in ("E64", "E128", "E8"):
+        tiles = {name: of for name, of in candidates().items() if re.search(only, f"{shape} {name}")}
+        if not tiles:
+            continue
+        functions = {name: tile_functions(*of) for name, of in tiles.items()}
+        found = measure(shape, ("uniform", "zipf"), functions, jnp.bfloat16, 2)
+        show(found)
+        report += found
     if json_path:
-        pathlib.Path(json_path).write_text(json.dumps(report, indent=1))
+        pathlib.Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
 
 
 def main(argv=None):
