@@ -1,4 +1,4 @@
-"""What fusing saves in the grouped feed-forward: SwiGLU in one kernel, the summed input gradient, rows gathered by the kernel, each beside its plain form.
+"""What fusing saves in the grouped products: SwiGLU in one kernel, the summed input gradient, rows gathered and scattered by the kernel, each beside its plain form.
 
     python scripts/benchmark.py kernels --op fused
 
@@ -34,33 +34,39 @@ def pairs(shape: str, dtype):
     def input_gradient(forward):
         return lambda x, w, up, sizes, dy: jax.vjp(lambda x: forward(x, w, up, sizes), x)[1](dy)[0]
 
-    def weight_gradient(gather):
-        def run(x_T, w, sizes, token_A, dy):
-            def forward(w):
-                return (
-                    product(x_T, w, sizes, row_index_A=token_A)
-                    if gather == "kernel"
-                    else product(x_T[token_A], w, sizes)
-                )
+    def weight_gradient(forward):
+        return lambda x, w, sizes, index, dy: jax.vjp(lambda w: forward(x, w, sizes, index), w)[1](dy)[0]
 
-            return jax.vjp(forward, w)[1](dy)[0]
+    def from_index(x, w, sizes, index):
+        return product(x, w, sizes, row_index_A=index)
 
-        return run
+    def from_copy(x, w, sizes, index):
+        return product(x[index], w, sizes)
+
+    def to_index(x, w, sizes, index):
+        return product(x, w, sizes, output_index_A=index)
+
+    def copied_to(x, w, sizes, index):
+        y = product(x, w, sizes)
+        return jnp.zeros_like(y).at[index].set(y, unique_indices=True)
 
     swiglu_operands, token_operands = (x, w, up, sizes), (x_T, w, sizes, token_A)
+    place_operands = (x, w, sizes, jax.random.permutation(jax.random.key(4), x.shape[0]))
     return {
         "SwiGLU": {"one kernel": (swiglu, swiglu_operands), "two products": (two_products, swiglu_operands)},
         "SwiGLU dx": {
             "summed in a kernel": (input_gradient(swiglu), (*swiglu_operands, dy)),
             "two products": (input_gradient(two_products), (*swiglu_operands, dy)),
         },
-        "rows by index": {
-            "index": (lambda x, w, s, i: product(x, w, s, row_index_A=i), token_operands),
-            "copy": (lambda x, w, s, i: product(x[i], w, s), token_operands),
-        },
+        "rows by index": {"index": (from_index, token_operands), "copy": (from_copy, token_operands)},
         "dw, rows by index": {
-            "index": (weight_gradient("index"), (*token_operands, dy)),
-            "copy": (weight_gradient("copy"), (*token_operands, dy)),
+            "index": (weight_gradient(from_index), (*token_operands, dy)),
+            "copy": (weight_gradient(from_copy), (*token_operands, dy)),
+        },
+        "output by index": {"index": (to_index, place_operands), "copy": (copied_to, place_operands)},
+        "dw, output by index": {
+            "index": (weight_gradient(to_index), (*place_operands, dy)),
+            "copy": (weight_gradient(copied_to), (*place_operands, dy)),
         },
     }
 
@@ -85,6 +91,5 @@ def run(what: str, shape: str | None = None) -> list[dict]:
 def parts(backend: str | None) -> dict[str, Callable[[], list[dict]]]:
     """The table in parts: name -> function that measures and prints its rows."""
     del backend
-    return {
-        what: functools.partial(run, what) for what in ("SwiGLU", "SwiGLU dx", "rows by index", "dw, rows by index")
-    }
+    names = ["SwiGLU", "SwiGLU dx", "rows by index", "dw, rows by index", "output by index", "dw, output by index"]
+    return {what: functools.partial(run, what) for what in names}

@@ -1,7 +1,7 @@
 """The Hopper backend: what it supports, and the grouped products on its kernels.
 
-Gathered operands are gathered by XLA just before the kernel, and scattered results scattered just after: Hopper's copy engine has no row gather, a copy of one row
-cannot place it in the swizzled tiles that wgmma reads, and XLA moves rows at 80 to 90% of the memory bandwidth. The sorted copy lives only as long as the product.
+Rows are gathered and scattered inside the kernels, by threads (`mosaic_gpu_rows.py`): Hopper's copy engine has no row gather, and a copy of one row cannot place it in
+the swizzled tiles that wgmma reads.
 
 Legend: R rows of a stored operand, A rows of the sorted space, O output rows, G groups, W stored weights, K contraction, N outer dim.
 """
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.backend import device_kind, jax_version
 from pallas_kernels.grouped_matmul.groups import RowGroups
-from pallas_kernels.grouped_matmul.rows import gather, scatter
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
@@ -54,11 +53,12 @@ def product(
     from pallas_kernels.grouped_matmul.tiles import product_tiles
 
     del precision
-    x_AK = gather(x_RK, row_index_A)
+    rows = (x_RK if row_index_A is None else row_index_A).shape[0]
     inner, outer = (w_WKN.shape[2], w_WKN.shape[1]) if transpose else w_WKN.shape[1:]
-    tiles = product_tiles(device_kind("cuda"), x_AK.shape[0], inner, outer)
-    (y_AN,) = grouped_product((x_AK,), (w_WKN,), groups, tiles=tiles, transpose=transpose, ctas=_multiprocessors())
-    return scatter(y_AN, output_index_A, output_rows, groups)
+    how = {"tiles": product_tiles(device_kind("cuda"), rows, inner, outer), "ctas": _multiprocessors()}
+    how |= {"transpose": transpose, "output_rows": output_rows}
+    (y_ON,) = grouped_product((x_RK,), (w_WKN,), groups, row_index_A, output_index_A, **how)
+    return y_ON
 
 
 def summed_product(x_AK, x2_AK, w_WKN, w2_WKN, groups: RowGroups, *, transpose: bool, precision=None):
@@ -80,9 +80,10 @@ def weight_gradient(x_RK, dy_ON, groups: RowGroups, row_index_A, output_index_A,
     from pallas_kernels.grouped_matmul.tiles import weight_tiles
 
     del precision
-    x_AK, dy_AN = gather(x_RK, row_index_A), gather(dy_ON, output_index_A)
-    tiles = weight_tiles(device_kind("cuda"), x_AK.shape[1], dy_AN.shape[1])
-    return grouped_weight_gradient(x_AK, dy_AN, groups, tiles=tiles, ctas=_multiprocessors())
+    only_dy = row_index_A is None and output_index_A is not None
+    tiles = weight_tiles(device_kind("cuda"), x_RK.shape[1], dy_ON.shape[1], only_dy)
+    how = {"tiles": tiles, "ctas": _multiprocessors()}
+    return grouped_weight_gradient(x_RK, dy_ON, groups, row_index_A, output_index_A, **how)
 
 
 def swiglu(x_RK, gate_WKN, up_WKN, groups: RowGroups, row_index_A, *, save: bool, precision=None):
@@ -91,7 +92,7 @@ def swiglu(x_RK, gate_WKN, up_WKN, groups: RowGroups, row_index_A, *, save: bool
     from pallas_kernels.grouped_matmul.tiles import product_tiles
 
     del precision
-    x_AK = gather(x_RK, row_index_A)
+    rows = (x_RK if row_index_A is None else row_index_A).shape[0]
     inner, outer = gate_WKN.shape[1:]
-    tiles = product_tiles(device_kind("cuda"), x_AK.shape[0], inner, outer, parts=2)
-    return grouped_product((x_AK,), (gate_WKN, up_WKN), groups, tiles=tiles, save=save, ctas=_multiprocessors())
+    how = {"tiles": product_tiles(device_kind("cuda"), rows, inner, outer, parts=2), "ctas": _multiprocessors()}
+    return grouped_product((x_RK,), (gate_WKN, up_WKN), groups, row_index_A, save=save, **how)

@@ -33,6 +33,13 @@ from pallas_kernels.grouped_matmul.mosaic_gpu_ring import (
     stores,
     tiled_buffers,
 )
+from pallas_kernels.grouped_matmul.mosaic_gpu_rows import (
+    copy_rows,
+    hand_over,
+    hand_over_last,
+    load_indices,
+    scattered_stores,
+)
 from pallas_kernels.grouped_matmul.schedule import row_tiles
 from pallas_kernels.hopper_overlap import during_first_step, multiply_while_storing
 
@@ -50,55 +57,86 @@ class ProductTiles:
 
 
 def grouped_product(
-    rows, weights, groups: RowGroups, *, tiles: ProductTiles, transpose=False, save=False, ctas=132, interpret=None
+    rows,
+    weights,
+    groups: RowGroups,
+    index_A=None,
+    output_index_A=None,
+    *,
+    tiles: ProductTiles,
+    transpose=False,
+    save=False,
+    output_rows=None,
+    ctas=132,
+    interpret=None,
 ):
     """One product, the sum of two, or SwiGLU, of every row tile.
 
     Args:
-        rows: one or two [A, K] in sorted order, 16-bit floats; A a multiple of 8 and at least bm; K a multiple of bk.
+        rows: one or two [A, K] in sorted order, 16-bit floats; A a multiple of 8 and at least bm; K a multiple of bk. With `index_A` one [R, K] in any order.
         weights: one or two [W, K, N], or [W, N, K] with `transpose`; N a multiple of bn. As many as rows: products are added. Two and one: gate and up of SwiGLU.
         groups: row ranges.
+        index_A: int32 [A], which row of `rows` stands at a place of the sorted order; None: they are sorted.
+        output_index_A: int32 [A], for one product: the row of the output, of `output_rows`, that a row of the sorted order goes to; those that none goes to are zero.
         tiles: tile sizes; for SwiGLU bn counts the columns of one weight.
         transpose: contract the last dim of the weights.
         save: for SwiGLU, also return both products.
+        output_rows: with `output_index_A`.
         ctas: number of persistent CTAs (multiprocessors).
         interpret: interpreter parameters for tests.
 
     Returns:
-        Tuple of [A, N] arrays: the product, or h, or h, gate product, up product.
+        Tuple of [A, N] ([output_rows, N]) arrays: the product, or h, or h, gate product, up product.
     """
-    (sorted_rows, inner), terms = rows[0].shape, len(rows)
+    inner, terms = rows[0].shape[1], len(rows)
+    sorted_rows = (rows[0] if index_A is None else index_A).shape[0]
+    gathered, scattered = index_A is not None, output_index_A is not None
     outer = weights[0].shape[1 if transpose else 2]
     bm, bn, bk, slots = tiles.bm, tiles.bn, tiles.bk, tiles.slots
     dtype, parts = rows[0].dtype, len(weights) if terms == 1 else 1  # accumulators
     outs = 3 if save else 1
     steps, columns, wm = inner // bk, outer // bn, bm // 2
-    listed = row_tiles(groups, sorted_rows, bm)
+    listed, plain = row_tiles(groups, sorted_rows, bm), interpret is not None
 
     def body(tiles_g, count_g, *refs):
+        index_g, refs = (refs[0], refs[1:]) if gathered else (None, refs)
+        output_index_g, refs = (refs[0], refs[1:]) if scattered else (None, refs)
         x_gs, w_gs, out_gs = refs[:terms], refs[terms:][: len(weights)], refs[terms + len(weights) :][:outs]
         x_s, w_s, tiled_s, plain_s, full, free = refs[terms + len(weights) + outs :]
         warpgroup = lax.axis_index("wg")
         with_steps, all_tiles = count_g[0], count_g[1]
 
+        def leave(tile):
+            if scattered:
+                return scattered_stores(tile, out_gs[0], output_index_g, tiled_s, plain)
+            return stores(tile, out_gs[0], tiled_s)
+
         def locate(item):
             v, n = plgpu.planar_snake(item, (all_tiles, columns), tiles.minor, tiles.width)
             length = jnp.where(v < with_steps, jnp.int32(steps), jnp.int32(0))
-            return tuple(tiles_g[i, v] for i in range(4)), n, length
+            first, own, end, weight = (tiles_g[i, v] for i in range(4))
+            if scattered:  # rows of no group go nowhere
+                end = jnp.where(v < with_steps, end, own)
+            return (first, own, end, weight), n, length
 
         def produce(place, step):
             (row, _, _, weight), n, length = place
             row = pl.multiple_of(row, 8)
+            indices = load_indices(index_g, row, bm, bk, plain) if gathered else None
 
             def load(x_g, w_gs):
                 def one(k, step):
                     slot = acquire(step, slots, free)
-                    source = x_g.at[pl.ds(row, bm), pl.ds(k * bk, bk)]
-                    plgpu.copy_gmem_to_smem(source, x_s.at[slot], full.at[slot])
+                    if not gathered:
+                        source = x_g.at[pl.ds(row, bm), pl.ds(k * bk, bk)]
+                        plgpu.copy_gmem_to_smem(source, x_s.at[slot], full.at[slot])
                     for part, w_g in enumerate(w_gs):
                         ks, ns = pl.ds(k * bk, bk), pl.ds(n * bn, bn)
                         source = w_g.at[weight, ns, ks] if transpose else w_g.at[weight, ks, ns]
                         plgpu.copy_gmem_to_smem(source, w_s.at[slot, part], full.at[slot])
+                    if gathered:
+                        copy_rows(x_g, indices, x_s.at[slot], k * bk, plain)
+                        hand_over(step, slots, full, 1, plain)
                     return step + 1
 
                 return one
@@ -130,15 +168,15 @@ def grouped_product(
 
                 upcoming = during_first_step(length, one, ahead, place)
                 later = jnp.maximum(length - 1, 0)
-                multiply_while_storing(later, lambda i, store: one(i + 1, store), stores(held, out_gs[0], tiled_s))
+                multiply_while_storing(later, lambda i, store: one(i + 1, store), leave(held))
                 return upcoming, tuple(a[...] for a in accumulators)
 
             upcoming, products = pl.run_scoped(multiply, *(plgpu.ACC((wm, bn), jnp.float32) for _ in range(parts)))
-            whole = (own <= row) & (row + wm <= end)
 
             def finished(value, out_g):
-                tile = Tile(value.astype(dtype), row, n * bn, whole)
-                store_part(tile, own, end, out_g, plain_s)
+                tile = Tile(value.astype(dtype), row, n * bn, own, end)
+                if not scattered:
+                    store_part(tile, out_g, plain_s)
                 return tile
 
             for value, out_g in zip(products, out_gs[1:]):
@@ -148,15 +186,19 @@ def grouped_product(
             return upcoming, (step + length, finished(result, out_gs[0]))
 
         def finish(held):
-            for store in stores(held, out_gs[0], tiled_s):
+            for store in leave(held):
                 store()
 
         first_held = functools.partial(no_tile, wm, bn, dtype)
-        run_ring(all_tiles * columns, ctas, slots, free, locate, produce, consume, first_held, finish)
+        items = all_tiles * columns
+        produced = (lambda step: hand_over_last(step, slots, full, plain)) if gathered else None
+        run_ring(items, ctas, slots, free, locate, produce, consume, first_held, finish, produced=produced)
 
+    # Scattered rows are written into zeros, in place.
+    zeros = jax.new_ref(jnp.zeros((output_rows, outer), dtype)) if scattered else None
     out = plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct((sorted_rows, outer), dtype)] * outs,
+        out_type=[] if scattered else [jax.ShapeDtypeStruct((sorted_rows, outer), dtype)] * outs,
         grid=(ctas,),
         grid_names=("cta",),
         num_threads=3,
@@ -171,5 +213,11 @@ def grouped_product(
             plgpu.Barrier(num_arrivals=2, num_barriers=slots),
         ],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
-    )(*listed, *rows, *weights)
-    return tuple(out)
+    )(
+        *listed,
+        *[a for a in (index_A, output_index_A) if a is not None],
+        *rows,
+        *weights,
+        *([zeros] if scattered else []),
+    )
+    return (jax.freeze(zeros),) if scattered else tuple(out)

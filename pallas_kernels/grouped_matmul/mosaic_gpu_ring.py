@@ -21,23 +21,49 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 CHUNK = 64  # rows and columns that leave through shared memory at a time
 PRODUCER = 2
+# Registers a thread of the producer and of a consumer: where the copy engine brings everything, and where the producer's threads copy rows themselves.
+# If the three warpgroups asked for more than the 3 * 168 they start with, they would wait forever.
+ENGINE_COPIES, THREADS_COPY = (40, 232), (56, 224)
 
 
 class Tile(NamedTuple):
-    """A finished tile in the registers of one consumer: value [height, width] at (row, column) of the output; `whole`: every row of it is the tile's own."""
+    """A finished tile in the registers of one consumer: value [height, width] at (row, column) of the output; its own rows are own .. end."""
 
     value: jax.Array
     row: jax.Array
     column: jax.Array
-    whole: jax.Array
+    own: jax.Array
+    end: jax.Array
+
+    @property
+    def whole(self):
+        """Whether every row is its own."""
+        return (self.own <= self.row) & (self.row + self.value.shape[0] <= self.end)
+
+    def corners(self):
+        """(row, column) of each piece of CHUNK x CHUNK."""
+        height, width = self.value.shape
+        return itertools.product(range(0, height, CHUNK), range(0, width, CHUNK))
 
 
 def no_tile(height: int, width: int, dtype) -> Tile:
     """What a consumer holds before its first tile: nothing to store."""
-    return Tile(jnp.zeros((height, width), dtype), jnp.int32(0), jnp.int32(0), jnp.bool_(False))
+    return Tile(jnp.zeros((height, width), dtype), *[jnp.int32(0)] * 4)
 
 
-def run_ring(items, lanes: int, slots: int, free, locate, produce, consume, first_held, finish, life: int = 0):
+def run_ring(
+    items,
+    lanes: int,
+    slots: int,
+    free,
+    locate,
+    produce,
+    consume,
+    first_held,
+    finish,
+    life: int = 0,
+    produced=None,
+):
     """Run all items of this CTA.
 
     Lane l takes the items l, l + lanes, ..; with `life`, at most that many of a section of lanes * life items, and lanes further on take the next sections.
@@ -54,7 +80,10 @@ def run_ring(items, lanes: int, slots: int, free, locate, produce, consume, firs
         first_held: first_held() -> what the first item finds.
         finish: finish(held), after the last item.
         life: Most items of a CTA; 0: no limit.
+        produced: produced(step), on the producer after its last item, if its threads copy rows themselves.
     """
+    registers = THREADS_COPY if produced else ENGINE_COPIES
+    assert registers[0] + 2 * registers[1] <= 3 * 168
     warpgroup, cta = lax.axis_index("wg"), lax.axis_index("cta")
     if life:
         first = lax.div(cta, jnp.int32(lanes)) * (lanes * life) + lax.rem(cta, jnp.int32(lanes))
@@ -71,14 +100,16 @@ def run_ring(items, lanes: int, slots: int, free, locate, produce, consume, firs
 
     @pl.when(warpgroup == PRODUCER)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(registers[0], action="decrease")
         (step,) = run(lambda place, ahead, step: (ahead(), (produce(place, step),)), (jnp.int32(0),))
+        if produced:
+            produced(step)
         held = jnp.maximum(step - slots, 0)
         lax.fori_loop(held, step, lambda s, _: plgpu.barrier_wait(free.at[lax.rem(s, jnp.int32(slots))]), None)
 
     @pl.when(warpgroup < PRODUCER)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(registers[1], action="increase")
         _, held = run(consume, (jnp.int32(0), first_held()))
         finish(held)
         plgpu.wait_smem_to_gmem(0)
@@ -115,11 +146,11 @@ def stores(tile: Tile, out_g, tiled_s) -> list[Callable[[], None]]:
         def _():
             plgpu.copy_smem_to_gmem(buffer_s, out_g.at[rows, columns])
 
-    return [functools.partial(store, *corner) for corner in _corners(tile.value)]
+    return [functools.partial(store, *corner) for corner in tile.corners()]
 
 
-def store_part(tile: Tile, own, end, out_g, plain_s):
-    """Store the rows own..end of a tile at once, if it is not whole; rows outside stay untouched.
+def store_part(tile: Tile, out_g, plain_s):
+    """Store the own rows of a tile at once, if it is not whole; rows outside stay untouched.
 
     The copy engine takes any row only from a plain buffer, and copies of fixed heights: of 16, 4 and 1 rows here, as many as it takes.
     """
@@ -145,17 +176,13 @@ def store_part(tile: Tile, own, end, out_g, plain_s):
 
     @pl.when(jnp.logical_not(tile.whole))
     def _():
-        for r, c in _corners(tile.value):
-            offset = jnp.clip(own - tile.row - r, 0, CHUNK)
-            count = jnp.clip(end - tile.row - r, 0, CHUNK) - offset
+        for r, c in tile.corners():
+            offset = jnp.clip(tile.own - tile.row - r, 0, CHUNK)
+            count = jnp.clip(tile.end - tile.row - r, 0, CHUNK) - offset
 
             @pl.when(count > 0)
             def _(r=r, c=c, offset=offset, count=count):
                 store(r, c, offset, count)
-
-
-def _corners(value):
-    return itertools.product(range(0, value.shape[0], CHUNK), range(0, value.shape[1], CHUNK))
 
 
 def tiled_buffers(dtype):

@@ -20,7 +20,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.groups import RowGroups
 from pallas_kernels.grouped_matmul.mosaic_gpu_ring import (
-    CHUNK,
     TILED,
     Tile,
     acquire,
@@ -29,6 +28,7 @@ from pallas_kernels.grouped_matmul.mosaic_gpu_ring import (
     stores,
     tiled_buffers,
 )
+from pallas_kernels.grouped_matmul.mosaic_gpu_rows import clear_rows, copy_rows, hand_over, hand_over_last, load_indices
 from pallas_kernels.grouped_matmul.schedule import ALIGN
 from pallas_kernels.hopper_overlap import during_first_step, multiply_while_storing
 
@@ -58,12 +58,23 @@ def _largest_first(size_G):
     return jnp.sum(jnp.where(rank_G[None, :] == index_G[:, None], index_G[None, :], 0), axis=1, dtype=jnp.int32)
 
 
-def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTiles, ctas=132, interpret=None):
+def grouped_weight_gradient(
+    x_AK,
+    dy_AN,
+    groups: RowGroups,
+    x_index_A=None,
+    dy_index_A=None,
+    *,
+    tiles: WeightTiles,
+    ctas=132,
+    interpret=None,
+):
     """dw of every group.
 
     Args:
         x_AK, dy_AN: [A, K] and [A, N] in sorted order, same 16-bit float; A a multiple of 8 and at least bk; K a multiple of bm, N of bn.
         groups: row ranges.
+        x_index_A, dy_index_A: int32 [A], which row of x_AK (then [R, K]) or dy_AN stands at a place of the sorted order; None: they are sorted.
         tiles: tile sizes.
         ctas: number of persistent CTAs (multiprocessors).
         interpret: interpreter parameters for tests.
@@ -71,11 +82,13 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
     Returns:
         [G, K, N] in the dtype of x, accumulated in float32; zeros for empty groups.
     """
-    (rows, width), outer, dtype = x_AK.shape, dy_AN.shape[1], x_AK.dtype
+    width, outer, dtype = x_AK.shape[1], dy_AN.shape[1], x_AK.dtype
+    rows = (x_AK if x_index_A is None else x_index_A).shape[0]
+    gathered = [index_A for index_A in (x_index_A, dy_index_A) if index_A is not None]
     bm, bn, bk, slots = tiles.bm, tiles.bn, tiles.bk, tiles.slots
     m_tiles, n_tiles = width // bm, outer // bn
     wm, half = bm // 2, bn // 2
-    count = groups.size_G.shape[0]
+    count, plain = groups.size_G.shape[0], interpret is not None
     order_G = _largest_first(groups.size_G)
     start_G = groups.start_G[order_G]
     ranges_3G = jnp.stack([start_G, start_G + groups.size_G[order_G], order_G])
@@ -83,7 +96,11 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
     items = count * m_tiles * n_tiles
     launched = ctas * -(-items // (ctas * tiles.life)) if tiles.life else ctas
 
-    def body(ranges_g, x_g, dy_g, out_g, x_s, dy_s, tiled_s, full, free, both):
+    def body(ranges_g, x_g, dy_g, *refs):
+        indices_g = list(refs[: len(gathered)])
+        out_g, x_s, dy_s, tiled_s, full, free, both = refs[len(gathered) :]
+        indexed = [None if index_A is None else indices_g.pop(0) for index_A in (x_index_A, dy_index_A)]
+        sides = list(zip(indexed, (bm, bn), strict=True))
         warpgroup = lax.axis_index("wg")
 
         def locate(item):
@@ -100,28 +117,37 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
         def produce(place, step):
             start, end, row, column = place
             first, length = steps_of(start, end)
-            x_columns = pl.ds(pl.multiple_of(lax.rem(row, jnp.int32(width)), bm), bm)
-            dy_columns = pl.ds(pl.multiple_of(column, bn), bn)
+            x_column, dy_column = pl.multiple_of(lax.rem(row, jnp.int32(width)), bm), pl.multiple_of(column, bn)
 
-            def load(i, step):
+            def begin(i):
+                return pl.multiple_of(jnp.minimum(first + i * bk, rows - bk), ALIGN)
+
+            def indices(i):  # of a step: asked for while the step before is copied
+                return [None if g is None else load_indices(g, begin(i), bk, n, plain) for g, n in sides]
+
+            def load(i, carry):
+                step, at = carry
                 slot = acquire(step, slots, free)
-                taken = pl.ds(pl.multiple_of(jnp.minimum(first + i * bk, rows - bk), ALIGN), bk)
-                plgpu.copy_gmem_to_smem(x_g.at[taken, x_columns], x_s.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(dy_g.at[taken, dy_columns], dy_s.at[slot], full.at[slot])
-                return step + 1
+                ahead = indices(i + 1)
 
-            return lax.fori_loop(0, length, load, step)
+                def fetch(source_g, at, slot_s, column):
+                    if at is None:
+                        source = source_g.at[pl.ds(begin(i), bk), pl.ds(column, slot_s.shape[1])]
+                        plgpu.copy_gmem_to_smem(source, slot_s, full.at[slot])
+                    else:
+                        copy_rows(source_g, at, slot_s, column, plain)
+
+                fetch(x_g, at[0], x_s.at[slot], x_column)
+                fetch(dy_g, at[1], dy_s.at[slot], dy_column)
+                if gathered:
+                    hand_over(step, slots, full, len(gathered), plain)
+                return step + 1, ahead
+
+            return lax.fori_loop(0, length, load, (step, indices(0)))[0]
 
         def consume(place, ahead, step, held):
             start, end, row, column = place
             first, length = steps_of(start, end)
-
-            def clear(ref, own, stop):
-                for c in range(0, ref.shape[1], CHUNK):  # few registers at a time: a tile waits in most of them
-                    piece = ref.at[:, pl.ds(c, CHUNK)]
-                    value = piece[...]
-                    row = lax.broadcasted_iota(jnp.int32, value.shape, 0)
-                    piece[...] = jnp.where((row >= own) & (row < stop), value, jnp.zeros_like(value))
 
             def multiply(accumulator):
                 def one(i, store=None, prepare=None):
@@ -143,8 +169,8 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
 
                     @pl.when((own > 0) | (stop < bk))
                     def _():
-                        clear(x_s.at[slot, :, pl.ds(warpgroup * wm, wm)], own, stop)
-                        clear(dy_s.at[slot, :, pl.ds(warpgroup * half, half)], own, stop)
+                        clear_rows(x_s.at[slot, :, pl.ds(warpgroup * wm, wm)], own, stop, plain)
+                        clear_rows(dy_s.at[slot, :, pl.ds(warpgroup * half, half)], own, stop, plain)
                         plgpu.commit_smem()
                         plgpu.barrier_arrive(both)
                         plgpu.barrier_wait(both)
@@ -157,15 +183,19 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
                 lax.fori_loop(jnp.maximum(length - 1, 1), length, lambda i, _: one(i, prepare=clear_foreign), None)
                 return upcoming, accumulator[...].astype(dtype)
 
+            own_row = row + warpgroup * wm
             upcoming, value = pl.run_scoped(multiply, plgpu.ACC((wm, bn), jnp.float32))
-            return upcoming, (step + length, Tile(value, row + warpgroup * wm, column, jnp.bool_(True)))
+            return upcoming, (step + length, Tile(value, own_row, column, own_row, own_row + wm))
 
         def finish(held):
             for store in stores(held, out_g, tiled_s):
                 store()
 
         first_held = functools.partial(no_tile, wm, bn, dtype)
-        run_ring(items, ctas, slots, free, locate, produce, consume, first_held, finish, life=tiles.life)
+        how = {"life": tiles.life}
+        if gathered:
+            how["produced"] = lambda step: hand_over_last(step, slots, full, plain)
+        run_ring(items, ctas, slots, free, locate, produce, consume, first_held, finish, **how)
 
     dw = plgpu.kernel(
         body,
@@ -179,10 +209,10 @@ def grouped_weight_gradient(x_AK, dy_AN, groups: RowGroups, *, tiles: WeightTile
             plgpu.SMEM((slots, bk, bm), dtype, transforms=TILED),
             plgpu.SMEM((slots, bk, bn), dtype, transforms=TILED),
             tiled_buffers(dtype),
-            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+            plgpu.Barrier(num_arrivals=1 if len(gathered) == 2 else 2, num_barriers=slots),
             plgpu.Barrier(num_arrivals=2, num_barriers=slots),
             plgpu.Barrier(num_arrivals=2),
         ],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(ranges_3G, x_AK, dy_AN)
+    )(ranges_3G, x_AK, dy_AN, *gathered)
     return dw.reshape(count, width, outer)

@@ -97,6 +97,63 @@ def test_weight_gradient(capfd, sizes, tiles):
     assert error(dw, reference.weight_gradient(jnp.nan_to_num(x), jnp.nan_to_num(dy), groups, None, None)) <= 2.5e-3
 
 
+def gathered(count, stored=80):
+    """An index of `count` places into `stored` rows, garbage at the last, which no group owns."""
+    index = jax.random.randint(jax.random.key(9), (count,), 0, stored)
+    return index.at[sum(RAGGED) :].set(jnp.resize(jnp.array([-3, 10**9]), (count - sum(RAGGED),)))
+
+
+@pytest.mark.slow
+def test_rows_by_index(capfd):
+    """The same bits as on a sorted copy."""
+    from pallas_kernels.grouped_matmul.mosaic_gpu_product import ProductTiles, grouped_product
+
+    x, w, _ = inputs()
+    index, groups = gathered(256), contiguous(jnp.array(RAGGED))
+    options = {"tiles": ProductTiles(bm=128, bn=128, slots=2), "ctas": 2, "interpret": interpreter()}
+    (y,) = grouped_product((x[:80],), (w,), groups, index, **options)
+    (expected,) = grouped_product((jnp.take(x[:80], index, axis=0, mode="clip"),), (w,), groups, **options)
+    assert "RACE" not in "".join(capfd.readouterr())
+    np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(expected, np.float32))
+
+
+@pytest.mark.slow
+def test_output_by_index(capfd):
+    """Rows go where the index says, over memory that is zero elsewhere; two of them go nowhere."""
+    from pallas_kernels.grouped_matmul.mosaic_gpu_product import ProductTiles, grouped_product
+
+    x, w, _ = inputs()
+    index, groups = jax.random.permutation(jax.random.key(9), 300)[:256], contiguous(jnp.array(RAGGED))
+    index = index.at[0].set(-1).at[150].set(300)
+    options = {"tiles": ProductTiles(bm=128, bn=128, slots=2), "ctas": 2, "interpret": interpreter()}
+    (y,) = grouped_product((x,), (w,), groups, None, index, output_rows=300, **options)
+    (sorted_y,) = grouped_product((x,), (w,), groups, **options)
+    assert "RACE" not in "".join(capfd.readouterr())
+    expected = np.zeros((300, 256), np.float32)
+    for a in range(sum(RAGGED)):
+        if 0 <= index[a] < 300:
+            expected[index[a]] = sorted_y[a]
+    np.testing.assert_array_equal(np.asarray(y, np.float32), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of_x, of_dy", [(True, False), (False, True), (True, True)])
+def test_weight_gradient_of_rows_by_index(capfd, of_x, of_dy):
+    from pallas_kernels.grouped_matmul.mosaic_gpu_weight import WeightTiles, grouped_weight_gradient
+
+    x, _, dy = inputs()
+    index, groups = gathered(256), contiguous(jnp.array(RAGGED))
+    options = {"tiles": WeightTiles(bm=128, bn=128, slots=3), "ctas": 2, "interpret": interpreter()}
+    x, x_index, sorted_x = (x[:80], index, jnp.take(x[:80], index, axis=0, mode="clip")) if of_x else (x, None, x)
+    dy, dy_index, sorted_dy = (
+        (dy[:80], index, jnp.take(dy[:80], index, axis=0, mode="clip")) if of_dy else (dy, None, dy)
+    )
+    dw = grouped_weight_gradient(x, dy, groups, x_index, dy_index, **options)
+    expected = grouped_weight_gradient(sorted_x, sorted_dy, groups, **options)
+    assert "RACE" not in "".join(capfd.readouterr())
+    np.testing.assert_array_equal(np.asarray(dw, np.float32), np.asarray(expected, np.float32))
+
+
 @pytest.mark.slow
 def test_sum_of_two_products(capfd):
     from pallas_kernels.grouped_matmul.mosaic_gpu_product import ProductTiles, grouped_product
@@ -172,6 +229,10 @@ def test_on_the_device_every_product_equals_the_reference(sizes):
     x, dy = (jax.random.normal(k, (4096, n), jnp.bfloat16) for k, n in zip(keys, (512, 256)))
     gate, up = (0.05 * jax.random.normal(k, (8, 512, 256), jnp.bfloat16) for k in keys[2:4])
     few, index = x[:700], jax.random.randint(keys[4], (4096,), 0, 700)
+    index = jnp.where(
+        jnp.arange(4096) < sum(sizes), index, 10**9 * (-1) ** jnp.arange(4096)
+    )  # garbage where no group is
+    target = jax.random.permutation(keys[4], 5000)[:4096]
     x, dy = (a.at[sum(sizes) :].set(jnp.nan) for a in (x, dy))
     clean_x, clean_dy = jnp.nan_to_num(x), jnp.nan_to_num(dy)
     groups = contiguous(jnp.array(sizes, jnp.int32))
@@ -180,6 +241,13 @@ def test_on_the_device_every_product_equals_the_reference(sizes):
     cases = [
         ("product", (x, gate, groups, None, None), (clean_x, gate, groups, None, None), plain),
         ("product", (few, gate, groups, index, None), None, plain),
+        ("product", (few, gate, groups, index, target), None, {**plain, "output_rows": 5000}),
+        (
+            "product",
+            (x, gate, groups, None, target),
+            (clean_x, gate, groups, None, target),
+            {**plain, "output_rows": 5000},
+        ),
         ("product", (dy, gate, groups, None, None), (clean_dy, gate, groups, None, None), turned),
         ("summed_product", (dy, dy, gate, up, groups), (clean_dy, clean_dy, gate, up, groups), {"transpose": True}),
         ("weight_gradient", (x, dy, groups, None, None), (clean_x, clean_dy, groups, None, None), {}),
