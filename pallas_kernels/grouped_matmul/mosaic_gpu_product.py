@@ -35,9 +35,9 @@ from pallas_kernels.grouped_matmul.mosaic_gpu_ring import (
 )
 from pallas_kernels.grouped_matmul.mosaic_gpu_rows import (
     copy_rows,
+    end_step,
     hand_over,
-    hand_over_last,
-    load_indices,
+    row_indices,
     scattered_stores,
 )
 from pallas_kernels.grouped_matmul.schedule import row_tiles
@@ -119,10 +119,10 @@ def grouped_product(
                 end = jnp.where(v < with_steps, end, own)
             return (first, own, end, weight), n, length
 
-        def produce(place, step):
+        def produce(place, step, owed):
             (row, _, _, weight), n, length = place
             row = pl.multiple_of(row, 8)
-            indices = load_indices(index_g, row, bm, bk, plain) if gathered else None
+            indices = row_indices(index_g, row, bm, bk, plain) if gathered else None
 
             def load(x_g, w_gs):
                 def one(k, step):
@@ -136,14 +136,15 @@ def grouped_product(
                         plgpu.copy_gmem_to_smem(source, w_s.at[slot, part], full.at[slot])
                     if gathered:
                         copy_rows(x_g, indices, x_s.at[slot], k * bk, plain)
-                        hand_over(step, slots, full, 1, plain)
+                        end_step(plain)
+                        hand_over(step, jnp.minimum(step, 1), slots, full, plain)
                     return step + 1
 
                 return one
 
             for x_g, term_weights in zip(x_gs, [w_gs] if terms == 1 else [(w_g,) for w_g in w_gs], strict=True):
                 step = lax.fori_loop(0, length, load(x_g, term_weights), step)
-            return step
+            return step, owed
 
         def consume(place, ahead, step, held):
             (first_row, own, end, _), n, length = place
@@ -191,8 +192,8 @@ def grouped_product(
 
         first_held = functools.partial(no_tile, wm, bn, dtype)
         items = all_tiles * columns
-        produced = (lambda step: hand_over_last(step, slots, full, plain)) if gathered else None
-        run_ring(items, ctas, slots, free, locate, produce, consume, first_held, finish, produced=produced)
+        last = (lambda step, _: hand_over(step, jnp.minimum(step, 1), slots, full, plain, 0)) if gathered else None
+        run_ring(items, ctas, slots, free, locate, produce, consume, first_held, finish, hand_over=last)
 
     # Scattered rows are written into zeros, in place.
     zeros = jax.new_ref(jnp.zeros((output_rows, outer), dtype)) if scattered else None

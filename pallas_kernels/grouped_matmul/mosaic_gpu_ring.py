@@ -62,7 +62,7 @@ def run_ring(
     first_held,
     finish,
     life: int = 0,
-    produced=None,
+    hand_over=None,
 ):
     """Run all items of this CTA.
 
@@ -74,15 +74,15 @@ def run_ring(
         slots: Ring slots.
         free: Barrier array on which the consumers hand slots back; every completion is waited for, also those of the last slots.
         locate: locate(item) -> place, scalars. Called one item ahead: its loads take as long as a step.
-        produce: produce(place, step) -> step, on the producer; `step` counts ring slots used so far.
+        produce: produce(place, step, owed) -> step, owed, on the producer; `step` counts ring slots used so far, `owed` is what `hand_over` needs to know of the last.
         consume: consume(place, ahead, step, held) -> upcoming, (step, held), on both consumers; `held` is what the item leaves to the next one, `upcoming` the place
             of the next, which ahead() finds. To be called while a product runs.
         first_held: first_held() -> what the first item finds.
         finish: finish(held), after the last item.
         life: Most items of a CTA; 0: no limit.
-        produced: produced(step), on the producer after its last item, if its threads copy rows themselves.
+        hand_over: hand_over(step, owed), on the producer after its last item, if its threads copy rows themselves.
     """
-    registers = THREADS_COPY if produced else ENGINE_COPIES
+    registers = THREADS_COPY if hand_over else ENGINE_COPIES
     assert registers[0] + 2 * registers[1] <= 3 * 168
     warpgroup, cta = lax.axis_index("wg"), lax.axis_index("cta")
     if life:
@@ -101,9 +101,9 @@ def run_ring(
     @pl.when(warpgroup == PRODUCER)
     def _():
         plgpu.set_max_registers(registers[0], action="decrease")
-        (step,) = run(lambda place, ahead, step: (ahead(), (produce(place, step),)), (jnp.int32(0),))
-        if produced:
-            produced(step)
+        step, owed = run(lambda place, ahead, *state: (ahead(), produce(place, *state)), (jnp.int32(0), jnp.int32(0)))
+        if hand_over:
+            hand_over(step, owed)
         held = jnp.maximum(step - slots, 0)
         lax.fori_loop(held, step, lambda s, _: plgpu.barrier_wait(free.at[lax.rem(s, jnp.int32(slots))]), None)
 

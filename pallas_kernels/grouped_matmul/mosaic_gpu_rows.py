@@ -1,7 +1,7 @@
-"""What Hopper's copy engine cannot do with the rows of a swizzled slot: gather and scatter them by index, clear some of them. The threads of a warpgroup do it.
+"""What Hopper's copy engine cannot do with the rows of a swizzled slot: gather and scatter them by index, leave some of them zero. Threads of a warpgroup do it.
 
 A slot of r rows and w columns of 16-bit numbers lies in shared memory as [r / 8, w / 64, 8, 64] (TILED), where the eight 16-byte pieces of row i of a tile
-stand in the order piece ^ i. Rows are gathered by `cp.async`, 16 bytes a thread: the copies run while those of the next step are asked for. A slot is handed to
+stand in the order piece ^ i. Rows are copied by `cp.async`, 16 bytes a thread: the copies run while those of the next step are asked for. A slot is handed to
 the consumers one step later: then its copies have mostly landed, and each thread waits for its own, makes them visible to wgmma and meets the others.
 
 The interpreter does not run inlined code; for it each function has a plain form.
@@ -30,6 +30,14 @@ SPLAT = plgpu.Layout.WG_SPLAT
 
 def _i32(value: int):
     return arith.constant(ir.IntegerType.get_signless(32), value)
+
+
+def _at_least(a, b):
+    return arith.cmpi(arith.CmpIPredicate.sge, a, b)
+
+
+def _less(a, b):
+    return arith.cmpi(arith.CmpIPredicate.slt, a, b)
 
 
 class _Pieces:
@@ -63,70 +71,119 @@ class _Pieces:
         return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(slot), [offset], element)
 
 
-def load_indices(index_g, first, rows: int, width: int, interpret: bool):
-    """The indices index_g[first : first + rows], as `copy_rows` takes them to fill a slot of `rows` x `width`.
+def _per_piece(rows: int, width: int):
+    """Shape and layout of an int32 array that holds a number for each piece of a slot, where the thread that moves the piece has it."""
+    shape = (rows * width // PIECE,)
+    return shape, plgpu.Layout.WG_STRIDED(shape, vec_size=1)
 
-    Loaded where nobody waits for them, a step or more before they are used: int32 [rows * width / 8], each where the thread that needs it has it.
+
+def row_indices(index_g, first, rows: int, width: int, interpret: bool):
+    """The rows index_g[first : first + rows], or first .. first + rows - 1 without an index, as `copy_rows` takes them to fill a slot of `rows` x `width`.
+
+    Loaded where nobody waits for them, a step or more before they are used.
     """
     if interpret:
-        return index_g[pl.ds(first, rows)]
-    shape = (rows * width // PIECE,)
-    layout = plgpu.Layout.WG_STRIDED(shape, vec_size=1)
+        return first + jnp.arange(rows, dtype=jnp.int32) if index_g is None else index_g[pl.ds(first, rows)]
+    shape, layout = _per_piece(rows, width)
+    references = [] if index_g is None else [index_g]
+    returned = plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=layout)
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), SPLAT), return_type=plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=layout)
-    )
-    def load(_, index, first):
+    @plgpu.inline_mgpu(arg_types=(SPLAT, *[plgpu.RefType() for _ in references]), return_type=returned)
+    def find(_, first, *index):
         pieces, one = _Pieces(rows, width), ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
-        source = llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(index))
         found = np.empty((pieces.steps,), object)
         for step in range(pieces.steps):
-            place = arith.addi(first.registers.item(), pieces.row(step))
-            found[step] = llvm.load(one, mgpu.utils.getelementptr(source, [place], one.element_type))
+            row = arith.addi(first.registers.item(), pieces.row(step))
+            if index:
+                source = llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(index[0]))
+                found[step] = llvm.load(one, mgpu.utils.getelementptr(source, [row], one.element_type))
+            else:
+                found[step] = llvm.insertelement(llvm.mlir_undef(one), row, _i32(0))
         return mgpu.FragmentedArray(_registers=found, _layout=layout.to_mgpu(), _is_signed=True)
 
-    return load(index_g, first)
+    return find(first, *references)
 
 
-def copy_rows(x_g, indices, slot_s, column, interpret: bool) -> None:
-    """Asks for slot_s[i] = x_g[index of row i, column : column + w], by all threads of the warpgroup; `hand_over` waits for it.
+def copy_rows(x_g, indices, slot_s, column, interpret: bool, own=None) -> None:
+    """Asks for slot_s[i] = x_g[row i of indices, column : column + w], by all threads of the warpgroup; `hand_over` waits for it, after `end_step`.
 
     Args:
         x_g: [R, K] in global memory, 16-bit numbers.
-        indices: from `load_indices` for this shape; those out of range are clipped.
+        indices: from `row_indices` for this shape; those out of range are clipped.
         slot_s: [r, w] in shared memory, laid out as TILED; w a multiple of 64, r * w of 1024.
         column: int32.
         interpret: Take the plain form.
+        own: (first, end) of the rows of the slot to copy, int32; the others become zero. None: all.
     """
     rows, width = slot_s.shape
     if interpret:
+        first, end = (0, rows) if own is None else own
         for i in range(rows):
             row = jnp.clip(indices[i], 0, x_g.shape[0] - 1)
-            slot_s[pl.ds(i, 1)] = x_g[pl.ds(row, 1), pl.ds(column, width)]
+            value = x_g[pl.ds(row, 1), pl.ds(column, width)]
+            slot_s[pl.ds(i, 1)] = jnp.where((first <= i) & (i < end), value, jnp.zeros_like(value))
         return
-    layout = plgpu.Layout.WG_STRIDED(indices.shape, vec_size=1)
+    _, layout = _per_piece(rows, width)
+    bounds = () if own is None else own
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, plgpu.RefType(TILED), SPLAT))
-    def copy(_, x, indices, slot, column):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, plgpu.RefType(TILED), SPLAT, *[SPLAT for _ in bounds]))
+    def copy(_, x, indices, slot, column, *bounds):
+        column, bounds = column.registers.item(), [n.registers.item() for n in bounds]
         i64, pieces = ir.IntegerType.get_signless(64), _Pieces(rows, width)
         element = ir.MemRefType(x.type).element_type
         stored, features = ir.MemRefType(x.type).shape
-        first = arith.addi(column.registers.item(), arith.muli(pieces.piece, _i32(PIECE)))
+        begin = arith.extsi(i64, arith.addi(column, arith.muli(pieces.piece, _i32(PIECE))))
         source = llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(x))
         for step, register in enumerate(indices.registers.flat):
             index = llvm.extractelement(register, _i32(0))
             index = arith.extsi(i64, arith.minsi(arith.maxsi(index, _i32(0)), _i32(stored - 1)))
-            offset = arith.addi(arith.muli(index, arith.constant(i64, features)), arith.extsi(i64, first))
-            origin = mgpu.utils.getelementptr(source, [offset], element)
-            target = pieces.pointer(slot, step)
-            nvvm.cp_async_shared_global(target, origin, 2 * PIECE, nvvm.LoadCacheModifierKind.CG)
+            offset = arith.addi(arith.muli(index, arith.constant(i64, features)), begin)
+            taken = None  # bytes, if not all; the rest of the piece becomes zero
+            if bounds:
+                inside = arith.andi(_at_least(pieces.row(step), bounds[0]), _less(pieces.row(step), bounds[1]))
+                taken = arith.select(inside, _i32(2 * PIECE), _i32(0))
+            origin, target = mgpu.utils.getelementptr(source, [offset], element), pieces.pointer(slot, step)
+            nvvm.cp_async_shared_global(target, origin, 2 * PIECE, nvvm.LoadCacheModifierKind.CG, cp_size=taken)
+
+    copy(x_g, indices, slot_s, column, *bounds)
+
+
+def end_step(interpret: bool) -> None:
+    """Marks the end of a step's calls of `copy_rows`; also where there were none."""
+    if interpret:
+        return
+
+    @plgpu.inline_mgpu()
+    def commit(_):
         nvvm.cp_async_commit_group()
 
-    copy(x_g, indices, slot_s, column)
+    commit()
+
+
+def hand_over(step, owed, slots: int, full, interpret: bool, later: int = 1) -> None:
+    """Gives the consumers the slot of step - 1, once the copies of `copy_rows` are there.
+
+    Args:
+        step: int32.
+        owed: int32, arrivals that the barrier of that slot still expects of this warpgroup: 0, 1 or 2.
+        slots: Ring slots.
+        full: Barriers of the slots.
+        interpret: Take the plain form.
+        later: How often `end_step` was called since.
+    """
+
+    @pl.when(owed > 0)
+    def _():
+        _landed(later, interpret)
+        plgpu.barrier_arrive(full.at[lax.rem(step - 1, jnp.int32(slots))])
+
+    @pl.when(owed > 1)
+    def _():
+        plgpu.barrier_arrive(full.at[lax.rem(step - 1, jnp.int32(slots))])
 
 
 def _landed(later: int, interpret: bool) -> None:
-    """Waits until the copies of all but the last `later` calls of `copy_rows` are there, seen by wgmma and done by all threads of the warpgroup."""
+    """Waits until the copies of all but the last `later` steps are there, seen by wgmma and done by all threads of the warpgroup."""
     if interpret:
         plgpu.commit_smem()
         return
@@ -138,55 +195,6 @@ def _landed(later: int, interpret: bool) -> None:
         mgpu.utils.warpgroup_barrier()
 
     wait()
-
-
-def hand_over(step, slots: int, full, copies: int, interpret: bool) -> None:
-    """Gives the consumers the slot of the step before, after the `copies` calls of `copy_rows` of this step."""
-
-    @pl.when(step > 0)
-    def _():
-        _landed(copies, interpret)
-        plgpu.barrier_arrive(full.at[lax.rem(step - 1, jnp.int32(slots))])
-
-
-def hand_over_last(step, slots: int, full, interpret: bool) -> None:
-    """Gives the consumers the slot that `hand_over` has kept back, when `step` steps have been asked for in all."""
-
-    @pl.when(step > 0)
-    def _():
-        _landed(0, interpret)
-        plgpu.barrier_arrive(full.at[lax.rem(step - 1, jnp.int32(slots))])
-
-
-def clear_rows(slot_s, own, stop, interpret: bool) -> None:
-    """Writes zeros to the rows of a slot before `own` and from `stop` on, by all threads of the warpgroup; `commit_smem` makes them visible to wgmma.
-
-    Args:
-        slot_s: [r, w] in shared memory, laid out as TILED; w a multiple of 64.
-        own, stop: int32.
-        interpret: Take the plain form.
-    """
-    rows, width = slot_s.shape
-    if interpret:
-        for c in range(0, width, CHUNK):
-            piece = slot_s.at[:, pl.ds(c, CHUNK)]
-            value = piece[...]
-            row = lax.broadcasted_iota(jnp.int32, value.shape, 0)
-            piece[...] = jnp.where((row >= own) & (row < stop), value, jnp.zeros_like(value))
-        return
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(TILED), SPLAT, SPLAT))
-    def clear(_, slot, own, stop):
-        pieces, own, stop = _Pieces(rows, width), own.registers.item(), stop.registers.item()
-        zero = llvm.mlir_zero(ir.VectorType.get((4,), ir.IntegerType.get_signless(32)))
-        for step in range(pieces.steps):
-            row = pieces.row(step)
-            before = arith.cmpi(arith.CmpIPredicate.slt, row, own)
-            after = arith.cmpi(arith.CmpIPredicate.sge, row, stop)
-            with mgpu.utils.when(arith.ori(before, after)):
-                llvm.store(zero, pieces.pointer(slot, step), alignment=2 * PIECE)
-
-    clear(slot_s, own, stop)
 
 
 def scattered_stores(tile: Tile, out_g, index_g, tiled_s, interpret: bool) -> list[Callable[[], None]]:
@@ -232,14 +240,13 @@ def _scatter(buffer_s, out_g, index_g, row, column, own, end, interpret: bool) -
         i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
         element = ir.MemRefType(out.type).element_type
         stored, features = ir.MemRefType(out.type).shape
-        compare, relation = arith.cmpi, arith.CmpIPredicate
         first = arith.extsi(i64, arith.addi(column, arith.muli(pieces.piece, _i32(PIECE))))
         to, indices = (llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(r)) for r in (out, index))
         for step in range(pieces.steps):
             place = arith.addi(row, pieces.row(step))
-            with mgpu.utils.when(arith.andi(compare(relation.sge, place, own), compare(relation.slt, place, end))):
+            with mgpu.utils.when(arith.andi(_at_least(place, own), _less(place, end))):
                 target = llvm.load(i32, mgpu.utils.getelementptr(indices, [place], i32))
-                with mgpu.utils.when(compare(relation.ult, target, _i32(stored))):
+                with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, target, _i32(stored))):
                     four = ir.VectorType.get((4,), i32)
                     value = llvm.load(four, pieces.pointer(buffer, step), alignment=2 * PIECE)
                     offset = arith.addi(arith.muli(arith.extsi(i64, target), arith.constant(i64, features)), first)

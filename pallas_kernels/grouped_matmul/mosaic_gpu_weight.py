@@ -1,8 +1,8 @@
 """Weight gradient of the grouped product on Hopper: dw[g] = x(rows of g)^T dy(rows of g), contraction over the rows of the group.
 
 The ring of the forward product with both operands read row by row: x through the transposing operand of wgmma, so nothing is copied or transposed. A step takes
-`bk` rows from a multiple of 8; at the ends of a group rows of its neighbours come along and both operands are cleared there in shared memory (clearing one would
-let a NaN through). Groups are taken largest first, so the persistent CTAs end together.
+`bk` rows from a multiple of 8. At the ends of a group, where some of them are its neighbours', threads copy the step and leave those rows zero, in both operands (zeros
+in one would let a NaN through). Groups are taken largest first, so the persistent CTAs end together.
 
 Legend: A rows, G groups, K x features (rows of dw), N dy features (columns of dw); bm, bn, bk tile sizes.
 """
@@ -28,7 +28,7 @@ from pallas_kernels.grouped_matmul.mosaic_gpu_ring import (
     stores,
     tiled_buffers,
 )
-from pallas_kernels.grouped_matmul.mosaic_gpu_rows import clear_rows, copy_rows, hand_over, hand_over_last, load_indices
+from pallas_kernels.grouped_matmul.mosaic_gpu_rows import copy_rows, end_step, hand_over, row_indices
 from pallas_kernels.grouped_matmul.schedule import ALIGN
 from pallas_kernels.hopper_overlap import during_first_step, multiply_while_storing
 
@@ -87,7 +87,7 @@ def grouped_weight_gradient(
     gathered = [index_A for index_A in (x_index_A, dy_index_A) if index_A is not None]
     bm, bn, bk, slots = tiles.bm, tiles.bn, tiles.bk, tiles.slots
     m_tiles, n_tiles = width // bm, outer // bn
-    wm, half = bm // 2, bn // 2
+    wm = bm // 2
     count, plain = groups.size_G.shape[0], interpret is not None
     order_G = _largest_first(groups.size_G)
     start_G = groups.start_G[order_G]
@@ -98,7 +98,7 @@ def grouped_weight_gradient(
 
     def body(ranges_g, x_g, dy_g, *refs):
         indices_g = list(refs[: len(gathered)])
-        out_g, x_s, dy_s, tiled_s, full, free, both = refs[len(gathered) :]
+        out_g, x_s, dy_s, tiled_s, full, free = refs[len(gathered) :]
         indexed = [None if index_A is None else indices_g.pop(0) for index_A in (x_index_A, dy_index_A)]
         sides = list(zip(indexed, (bm, bn), strict=True))
         warpgroup = lax.axis_index("wg")
@@ -114,7 +114,7 @@ def grouped_weight_gradient(
             first = lax.div(start, jnp.int32(ALIGN)) * ALIGN
             return first, jnp.where(end > start, lax.div(end - first + (bk - 1), jnp.int32(bk)), 0)
 
-        def produce(place, step):
+        def produce(place, step, owed):
             start, end, row, column = place
             first, length = steps_of(start, end)
             x_column, dy_column = pl.multiple_of(lax.rem(row, jnp.int32(width)), bm), pl.multiple_of(column, bn)
@@ -123,38 +123,46 @@ def grouped_weight_gradient(
                 return pl.multiple_of(jnp.minimum(first + i * bk, rows - bk), ALIGN)
 
             def indices(i):  # of a step: asked for while the step before is copied
-                return [None if g is None else load_indices(g, begin(i), bk, n, plain) for g, n in sides]
+                return [None if g is None else row_indices(g, begin(i), bk, n, plain) for g, n in sides]
 
             def load(i, carry):
-                step, at = carry
+                step, owed, at = carry
                 slot = acquire(step, slots, free)
                 ahead = indices(i + 1)
+                own = jnp.maximum(first + i * bk, start) - begin(i), end - begin(i)
+                foreign = (own[0] > 0) | (own[1] < bk)
 
                 def fetch(source_g, at, slot_s, column):
-                    if at is None:
+                    if at is not None:
+                        copy_rows(source_g, at, slot_s, column, plain, own)
+                        return
+
+                    @pl.when(foreign)
+                    def _():
+                        at = row_indices(None, begin(i), *slot_s.shape, plain)
+                        copy_rows(source_g, at, slot_s, column, plain, own)
+
+                    @pl.when(jnp.logical_not(foreign))
+                    def _():
                         source = source_g.at[pl.ds(begin(i), bk), pl.ds(column, slot_s.shape[1])]
                         plgpu.copy_gmem_to_smem(source, slot_s, full.at[slot])
-                    else:
-                        copy_rows(source_g, at, slot_s, column, plain)
 
                 fetch(x_g, at[0], x_s.at[slot], x_column)
                 fetch(dy_g, at[1], dy_s.at[slot], dy_column)
-                if gathered:
-                    hand_over(step, slots, full, len(gathered), plain)
-                return step + 1, ahead
+                end_step(plain)
+                hand_over(step, owed, slots, full, plain)
+                return step + 1, jnp.where(foreign, jnp.int32(2), jnp.int32(len(gathered))), ahead
 
-            return lax.fori_loop(0, length, load, (step, indices(0)))[0]
+            return lax.fori_loop(0, length, load, (step, owed, indices(0)))[:2]
 
         def consume(place, ahead, step, held):
             start, end, row, column = place
-            first, length = steps_of(start, end)
+            _, length = steps_of(start, end)
 
             def multiply(accumulator):
-                def one(i, store=None, prepare=None):
+                def one(i, store):
                     slot = lax.rem(step + i, jnp.int32(slots))
                     plgpu.barrier_wait(full.at[slot])
-                    if prepare is not None:
-                        prepare(slot, i)
                     x = x_s.at[slot, :, pl.ds(warpgroup * wm, wm)]
                     plgpu.wgmma(accumulator, x.transpose((1, 0)), dy_s.at[slot])
                     if store is not None:
@@ -162,25 +170,9 @@ def grouped_weight_gradient(
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(free.at[slot])
 
-                def clear_foreign(slot, i):
-                    begin = first + i * bk
-                    base = jnp.minimum(begin, rows - bk)
-                    own, stop = jnp.maximum(begin, start) - base, end - base
-
-                    @pl.when((own > 0) | (stop < bk))
-                    def _():
-                        clear_rows(x_s.at[slot, :, pl.ds(warpgroup * wm, wm)], own, stop, plain)
-                        clear_rows(dy_s.at[slot, :, pl.ds(warpgroup * half, half)], own, stop, plain)
-                        plgpu.commit_smem()
-                        plgpu.barrier_arrive(both)
-                        plgpu.barrier_wait(both)
-
-                # Foreign rows are in the first and the last step alone; the code that clears them is large, so the steps that store have none of it.
-                first_one = functools.partial(one, prepare=clear_foreign)
-                upcoming = during_first_step(length, first_one, ahead, place)
-                between = jnp.maximum(length - 2, 0)
-                multiply_while_storing(between, lambda i, store: one(i + 1, store), stores(held, out_g, tiled_s))
-                lax.fori_loop(jnp.maximum(length - 1, 1), length, lambda i, _: one(i, prepare=clear_foreign), None)
+                upcoming = during_first_step(length, one, ahead, place)
+                later = jnp.maximum(length - 1, 0)
+                multiply_while_storing(later, lambda i, store: one(i + 1, store), stores(held, out_g, tiled_s))
                 return upcoming, accumulator[...].astype(dtype)
 
             own_row = row + warpgroup * wm
@@ -192,10 +184,8 @@ def grouped_weight_gradient(
                 store()
 
         first_held = functools.partial(no_tile, wm, bn, dtype)
-        how = {"life": tiles.life}
-        if gathered:
-            how["produced"] = lambda step: hand_over_last(step, slots, full, plain)
-        run_ring(items, ctas, slots, free, locate, produce, consume, first_held, finish, **how)
+        last = lambda step, owed: hand_over(step, owed, slots, full, plain, 0)  # noqa: E731
+        run_ring(items, ctas, slots, free, locate, produce, consume, first_held, finish, tiles.life, last)
 
     dw = plgpu.kernel(
         body,
@@ -209,9 +199,8 @@ def grouped_weight_gradient(
             plgpu.SMEM((slots, bk, bm), dtype, transforms=TILED),
             plgpu.SMEM((slots, bk, bn), dtype, transforms=TILED),
             tiled_buffers(dtype),
-            plgpu.Barrier(num_arrivals=1 if len(gathered) == 2 else 2, num_barriers=slots),
             plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
         ],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(ranges_3G, x_AK, dy_AN, *gathered)
