@@ -8,6 +8,8 @@ Legend: R rows of a stored operand, A rows of the sorted space, O output rows, G
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -55,9 +57,12 @@ def product(
     del precision
     rows = (x_RK if row_index_A is None else row_index_A).shape[0]
     inner, outer = (w_WKN.shape[2], w_WKN.shape[1]) if transpose else w_WKN.shape[1:]
-    how = {"tiles": product_tiles(device_kind("cuda"), rows, inner, outer), "ctas": _multiprocessors()}
-    how |= {"transpose": transpose, "output_rows": output_rows}
-    (y_ON,) = grouped_product((x_RK,), (w_WKN,), groups, row_index_A, output_index_A, **how)
+    launch: dict[str, Any] = {
+        "tiles": product_tiles(device_kind("cuda"), rows, inner, outer),
+        "ctas": _multiprocessors(),
+    }
+    launch |= {"transpose": transpose, "output_rows": output_rows}
+    (y_ON,) = grouped_product((x_RK,), (w_WKN,), groups, row_index_A, output_index_A, **launch)
     return y_ON
 
 
@@ -82,8 +87,8 @@ def weight_gradient(x_RK, dy_ON, groups: RowGroups, row_index_A, output_index_A,
     del precision
     only_dy = row_index_A is None and output_index_A is not None
     tiles = weight_tiles(device_kind("cuda"), x_RK.shape[1], dy_ON.shape[1], only_dy)
-    how = {"tiles": tiles, "ctas": _multiprocessors()}
-    return grouped_weight_gradient(x_RK, dy_ON, groups, row_index_A, output_index_A, **how)
+    launch: dict[str, Any] = {"tiles": tiles, "ctas": _multiprocessors()}
+    return grouped_weight_gradient(x_RK, dy_ON, groups, row_index_A, output_index_A, **launch)
 
 
 def swiglu(x_RK, gate_WKN, up_WKN, groups: RowGroups, row_index_A, *, save: bool, precision=None):
@@ -94,5 +99,8 @@ def swiglu(x_RK, gate_WKN, up_WKN, groups: RowGroups, row_index_A, *, save: bool
     del precision
     rows = (x_RK if row_index_A is None else row_index_A).shape[0]
     inner, outer = gate_WKN.shape[1:]
-    how = {"tiles": product_tiles(device_kind("cuda"), rows, inner, outer, parts=2), "ctas": _multiprocessors()}
-    return grouped_product((x_RK,), (gate_WKN, up_WKN), groups, row_index_A, save=save, **how)
+    launch: dict[str, Any] = {
+        "tiles": product_tiles(device_kind("cuda"), rows, inner, outer, parts=2),
+        "ctas": _multiprocessors(),
+    }
+    return grouped_product((x_RK,), (gate_WKN, up_WKN), groups, row_index_A, save=save, **launch)

@@ -124,11 +124,11 @@ def copy_rows(x_g, indices, slot_s, column, interpret: bool, own=None) -> None:
             slot_s[pl.ds(i, 1)] = jnp.where((first <= i) & (i < end), value, jnp.zeros_like(value))
         return
     _, layout = _per_piece(rows, width)
-    bounds = () if own is None else own
+    limits = () if own is None else own
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, plgpu.RefType(TILED), SPLAT, *[SPLAT for _ in bounds]))
-    def copy(_, x, indices, slot, column, *bounds):
-        column, bounds = column.registers.item(), [n.registers.item() for n in bounds]
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, plgpu.RefType(TILED), SPLAT, *[SPLAT for _ in limits]))
+    def copy(_, x, indices, slot, *numbers):
+        column, *bounds = (n.registers.item() for n in numbers)
         i64, pieces = ir.IntegerType.get_signless(64), _Pieces(rows, width)
         element = ir.MemRefType(x.type).element_type
         stored, features = ir.MemRefType(x.type).shape
@@ -145,7 +145,7 @@ def copy_rows(x_g, indices, slot_s, column, interpret: bool, own=None) -> None:
             origin, target = mgpu.utils.getelementptr(source, [offset], element), pieces.pointer(slot, step)
             nvvm.cp_async_shared_global(target, origin, 2 * PIECE, nvvm.LoadCacheModifierKind.CG, cp_size=taken)
 
-    copy(x_g, indices, slot_s, column, *bounds)
+    copy(x_g, indices, slot_s, column, *limits)
 
 
 def end_step(interpret: bool) -> None:

@@ -139,7 +139,7 @@ def grouped_weight_gradient(
 
                     @pl.when(foreign)
                     def _():
-                        at = row_indices(None, begin(i), *slot_s.shape, plain)
+                        at = row_indices(None, begin(i), bk, slot_s.shape[1], plain)
                         copy_rows(source_g, at, slot_s, column, plain, own)
 
                     @pl.when(jnp.logical_not(foreign))
