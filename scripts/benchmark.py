@@ -18,8 +18,10 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import sys
 import time
+from collections.abc import Callable
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -32,35 +34,59 @@ def _beside(path: str | None, name: str, alone: bool) -> str | None:
     return str(file.with_stem(f"{file.stem}_{name}"))
 
 
+def _regular_expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
+    return text
+
+
+def _of_each(operations: list[str], run: Callable[[str], object]) -> None:
+    """Runs what has a name that --only asks for; if no operation has any, that is an error."""
+    from pallas_kernels.benchmark.timing import NoneChosenError
+
+    missing = []
+    for operation in operations:
+        try:
+            run(operation)
+        except NoneChosenError as error:
+            missing.append(f"error: {operation}: {error}")
+    if len(missing) == len(operations):
+        print(*missing, sep="\n", file=sys.stderr)
+        sys.exit(2)
+
+
 def kernels(options: argparse.Namespace) -> None:
     """Times the operations named by --op, part after part."""
     from pallas_kernels.benchmark import parts
 
     alone = options.op != "all"
-    for operation in (
-        [options.op] if alone else ["block_sparse", "grouped", "libraries", "fused", "feed_forward", "lookup"]
-    ):
+
+    def run(operation: str) -> None:
         files = {
             f"{name}_path" if name == "json" else name: _beside(getattr(options, name), operation, alone)
             for name in ("json", "picture")
         }
         parts.run(operation, backend=options.backend, only=options.only, **files)
 
+    every = ["block_sparse", "grouped", "libraries", "fused", "feed_forward", "lookup"]
+    _of_each([options.op] if alone else every, run)
+
 
 def tune(options: argparse.Namespace) -> None:
     """Times every candidate tiling of the operations named by --op."""
+    from pallas_kernels.benchmark import block_sparse, grouped
     from pallas_kernels.benchmark.timing import has_device_timer
 
     if not has_device_timer():
         sys.exit("benchmark.py tune: needs a CUDA GPU, JAX sees none here")
-    if options.op in ("block_sparse", "all"):
-        from pallas_kernels.benchmark import block_sparse
+    tuners, alone = {"block_sparse": block_sparse.tune, "grouped": grouped.tune}, options.op != "all"
 
-        block_sparse.tune(_beside(options.json, "block_sparse", options.op != "all"), options.only)
-    if options.op in ("grouped", "all"):
-        from pallas_kernels.benchmark import grouped
+    def run(operation: str) -> None:
+        tuners[operation](_beside(options.json, operation, alone), options.only)
 
-        grouped.tune(_beside(options.json, "grouped", options.op != "all"), options.only)
+    _of_each([options.op] if alone else list(tuners), run)
 
 
 def training(arguments: list[str]) -> None:
@@ -212,6 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_argument("--json", help="write the numbers to this file")
         command.add_argument(
             "--only",
+            type=_regular_expression,
             default="",
             help=f"only {what} in whose name this regular expression is found, for example '{example}'",
         )

@@ -16,7 +16,6 @@ import functools
 import itertools
 import json
 import pathlib
-import re
 from collections.abc import Callable
 
 import jax
@@ -25,7 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.benchmark.timing import compile_all, has_device_timer, time_all
+from pallas_kernels.benchmark.timing import chosen, compile_all, has_device_timer, time_all
 from pallas_kernels.block_gradient_norms import block_gradient_norms
 from pallas_kernels.block_sparse_matmul import cost, to_dense, topology_from_mask
 from pallas_kernels.block_sparse_matmul.api import _operation
@@ -381,14 +380,16 @@ def tune(json_path: str | None = None, only: str = "") -> list[dict]:
     Args:
         json_path: Where the numbers go; None prints only.
         only: Candidates in whose name, for example "0.5 product_transposed width 4 swapped 4 stages", this regular expression is found.
+
+    Raises:
+        NoneChosenError: it is found in none.
     """
     from pallas_kernels.block_sparse_matmul import mosaic_gpu
 
-    report = []
-    for density in DENSITIES[::-1]:
-        tiles = {name: tile for name, tile in candidates().items() if re.search(only, f"{density} {name}")}
-        if not tiles:
-            continue
+    every = {f"{d} {name}": (d, *of) for d in DENSITIES[::-1] for name, of in candidates().items()}
+    picked, report = chosen(every, only), []
+    for density, names in itertools.groupby(picked, key=lambda name: picked[name][0]):
+        tiles = {name: picked[name][1:] for name in names}
         case = Case(*SQUARE, 128, density)
         x, dy = random(1, (1, case.m, case.k), jnp.bfloat16), random(2, (1, case.m, case.n), jnp.bfloat16)
         topology = jax.tree.map(lambda a: a[None], topology_from_mask(make_mask(case), case.block, case.block))
@@ -400,11 +401,11 @@ def tune(json_path: str | None = None, only: str = "") -> list[dict]:
             jobs[name] = (function, (*operands[operation], topology))
         compiled, failed = compile_all(jobs)
         for name, message in failed.items():
-            print("FAILED", density, name, message)
+            print("FAILED", name, message)
         timings = time_all({name: (compiled[name], jobs[name][1]) for name in compiled}, rounds=2)
         for name, timing in sorted(timings.items(), key=lambda item: (tiles[item[0]][0], item[1].median)):
             operation, tile = tiles[name]
-            print(f"{density} {name}: {timing.median * 1e3:.4f} ms, spread {timing.spread:.2f}", flush=True)
+            print(f"{name}: {timing.median * 1e3:.4f} ms, spread {timing.spread:.2f}", flush=True)
             numbers = {"ms": timing.median * 1e3, "spread": timing.spread}
             report.append({"operation": operation, "density": density, "tile": dataclasses.asdict(tile), **numbers})
     if json_path:

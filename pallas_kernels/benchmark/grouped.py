@@ -15,7 +15,6 @@ import functools
 import itertools
 import json
 import pathlib
-import re
 import time
 from collections.abc import Callable
 
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.benchmark.timing import compile_all, has_device_timer, time_all
+from pallas_kernels.benchmark.timing import chosen, compile_all, has_device_timer, time_all
 from pallas_kernels.grouped_matmul import grouped_matmul, reference
 from pallas_kernels.grouped_matmul import groups as row_groups
 
@@ -147,7 +146,7 @@ def candidates():
     from pallas_kernels.grouped_matmul.mosaic_gpu_weight import WeightTiles
 
     found = {}
-    tiles = ((128, 256, 0), (128, 256, 8), (256, 128, 0))
+    tiles = ((128, 256, 0), (128, 256, 8), (256, 128, 0), (256, 128, 8))
     orders = ((0, 8), (1, 4), (0, 32))
     for (bm, bn, life), (minor, width) in itertools.product(tiles, orders):
         order = {"minor": minor, "width": width}
@@ -351,13 +350,15 @@ def tune(json_path: str | None = None, only: str = "") -> None:
     Args:
         json_path: Where the numbers go; None prints only.
         only: Candidates in whose name, for example "E64 128x256 minor1 width4 life8", this regular expression is found.
+
+    Raises:
+        NoneChosenError: it is found in none.
     """
-    report: list[dict] = []
-    for shape in ("E64", "E128", "E8"):
-        tiles = {name: of for name, of in candidates().items() if re.search(only, f"{shape} {name}")}
-        if not tiles:
-            continue
-        functions = {name: tile_functions(*of) for name, of in tiles.items()}
+    pairs = itertools.product(("E64", "E128", "E8"), candidates().items())
+    every = {f"{shape} {name}": (shape, name, of) for shape, (name, of) in pairs}
+    picked, report = chosen(every, only), []
+    for shape, names in itertools.groupby(picked, key=lambda name: picked[name][0]):
+        functions = {label: tile_functions(*of) for _, label, of in (picked[name] for name in names)}
         found = measure(shape, ("uniform", "zipf"), functions, jnp.bfloat16, 2)
         show(found)
         report += found

@@ -13,13 +13,12 @@ import datetime
 import importlib.metadata
 import json
 import pathlib
-import re
 from collections.abc import Callable
 
 import jax
 
 from pallas_kernels.benchmark import block_sparse, feed_forward, fused, grouped, lookup
-from pallas_kernels.benchmark.timing import has_device_timer
+from pallas_kernels.benchmark.timing import chosen, has_device_timer
 
 
 def _norms() -> list[dict]:
@@ -63,6 +62,9 @@ def run(operation: str, *, backend: str | None = None, json_path=None, picture=N
 
     Returns:
         {"device", "versions", "date", "backend", "timer", "rows"}.
+
+    Raises:
+        NoneChosenError: `only` is found in no part's name.
     """
     result: dict = {
         "device": jax.devices()[0].device_kind,
@@ -72,9 +74,7 @@ def run(operation: str, *, backend: str | None = None, json_path=None, picture=N
         "timer": "CUPTI, sum of kernels, steady state" if has_device_timer() else "wall clock",
         "rows": [],
     }
-    for name, part in OPERATIONS[operation](backend).items():
-        if not re.search(only, name):
-            continue
+    for name, part in chosen(OPERATIONS[operation](backend), only).items():
         print(f"--- {operation} {name}", flush=True)
         try:
             result["rows"] += part()

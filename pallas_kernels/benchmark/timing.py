@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,24 @@ class Timing:
     def spread(self) -> float:
         """(high - low) / median."""
         return (self.high - self.low) / self.median
+
+
+class NoneChosenError(ValueError):
+    """Nothing has a name like the one asked for."""
+
+
+def chosen(named: Mapping[str, Any], only: str) -> dict[str, Any]:
+    """The entries in whose name the regular expression `only` is found.
+
+    Raises:
+        NoneChosenError: there is none; the message lists the names.
+    """
+    found = {name: value for name, value in named.items() if re.search(only, name)}
+    if not found:
+        raise NoneChosenError(
+            f"only = {only!r}; allowed: a regular expression that is found in one of {', '.join(named)}"
+        )
+    return found
 
 
 def has_device_timer() -> bool:

@@ -21,24 +21,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.grouped_matmul import mosaic_gpu_rows, mosaic_gpu_rows_plain
 from pallas_kernels.grouped_matmul.groups import RowGroups
 from pallas_kernels.grouped_matmul.mosaic_gpu_ring import (
     TILED,
     Tile,
     acquire,
+    hand_over,
     no_tile,
     plain_buffers,
     run_ring,
+    scattered_stores,
     store_part,
     stores,
     tiled_buffers,
-)
-from pallas_kernels.grouped_matmul.mosaic_gpu_rows import (
-    copy_rows,
-    end_step,
-    hand_over,
-    row_indices,
-    scattered_stores,
 )
 from pallas_kernels.grouped_matmul.schedule import row_tiles
 from pallas_kernels.hopper_overlap import during_first_step, multiply_while_storing
@@ -96,7 +92,8 @@ def grouped_product(
     dtype, parts = rows[0].dtype, len(weights) if terms == 1 else 1  # accumulators
     outs = 3 if save else 1
     steps, columns, wm = inner // bk, outer // bn, bm // 2
-    listed, plain = row_tiles(groups, sorted_rows, bm), interpret is not None
+    listed = row_tiles(groups, sorted_rows, bm)
+    threads = mosaic_gpu_rows if interpret is None else mosaic_gpu_rows_plain
 
     def body(tiles_g, count_g, *refs):
         index_g, refs = (refs[0], refs[1:]) if gathered else (None, refs)
@@ -108,7 +105,7 @@ def grouped_product(
 
         def leave(tile):
             if scattered:
-                return scattered_stores(tile, out_gs[0], output_index_g, tiled_s, plain)
+                return scattered_stores(tile, out_gs[0], output_index_g, tiled_s, threads)
             return stores(tile, out_gs[0], tiled_s)
 
         def locate(item):
@@ -122,7 +119,7 @@ def grouped_product(
         def produce(place, step, owed):
             (row, _, _, weight), n, length = place
             row = pl.multiple_of(row, 8)
-            indices = row_indices(index_g, row, bm, bk, plain) if gathered else None
+            indices = threads.row_indices(index_g, row, bm, bk) if gathered else None
 
             def load(x_g, w_gs):
                 def one(k, step):
@@ -135,9 +132,9 @@ def grouped_product(
                         source = w_g.at[weight, ns, ks] if transpose else w_g.at[weight, ks, ns]
                         plgpu.copy_gmem_to_smem(source, w_s.at[slot, part], full.at[slot])
                     if gathered:
-                        copy_rows(x_g, indices, x_s.at[slot], k * bk, plain)
-                        end_step(plain)
-                        hand_over(step, jnp.minimum(step, 1), slots, full, plain)
+                        threads.copy_rows(x_g, indices, x_s.at[slot], k * bk)
+                        threads.end_step()
+                        hand_over(step, jnp.minimum(step, 1), slots, full, threads)
                     return step + 1
 
                 return one
@@ -192,8 +189,8 @@ def grouped_product(
 
         first_held = functools.partial(no_tile, wm, bn, dtype)
         items = all_tiles * columns
-        last = (lambda step, _: hand_over(step, jnp.minimum(step, 1), slots, full, plain, 0)) if gathered else None
-        run_ring(items, ctas, slots, free, locate, produce, consume, first_held, finish, hand_over=last)
+        last = (lambda step, _: hand_over(step, jnp.minimum(step, 1), slots, full, threads, 0)) if gathered else None
+        run_ring(items, ctas, slots, free, locate, produce, consume, first_held, finish, hand_over_last=last)
 
     # Scattered rows are written into zeros, in place.
     zeros = jax.new_ref(jnp.zeros((output_rows, outer), dtype)) if scattered else None

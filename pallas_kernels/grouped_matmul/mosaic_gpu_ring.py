@@ -62,7 +62,7 @@ def run_ring(
     first_held,
     finish,
     life: int = 0,
-    hand_over=None,
+    hand_over_last=None,
 ):
     """Run all items of this CTA.
 
@@ -74,15 +74,15 @@ def run_ring(
         slots: Ring slots.
         free: Barrier array on which the consumers hand slots back; every completion is waited for, also those of the last slots.
         locate: locate(item) -> place, scalars. Called one item ahead: its loads take as long as a step.
-        produce: produce(place, step, owed) -> step, owed, on the producer; `step` counts ring slots used so far, `owed` is what `hand_over` needs to know of the last.
+        produce: produce(place, step, owed) -> step, owed, on the producer; `step` counts ring slots used so far, `owed` is the arrivals that the barrier of the last still expects of it.
         consume: consume(place, ahead, step, held) -> upcoming, (step, held), on both consumers; `held` is what the item leaves to the next one, `upcoming` the place
             of the next, which ahead() finds. To be called while a product runs.
         first_held: first_held() -> what the first item finds.
         finish: finish(held), after the last item.
         life: Most items of a CTA; 0: no limit.
-        hand_over: hand_over(step, owed), on the producer after its last item, if its threads copy rows themselves.
+        hand_over_last: hand_over_last(step, owed), on the producer after its last item, if its threads copy rows themselves.
     """
-    registers = THREADS_COPY if hand_over else ENGINE_COPIES
+    registers = THREADS_COPY if hand_over_last else ENGINE_COPIES
     assert registers[0] + 2 * registers[1] <= 3 * 168
     warpgroup, cta = lax.axis_index("wg"), lax.axis_index("cta")
     if life:
@@ -102,8 +102,8 @@ def run_ring(
     def _():
         plgpu.set_max_registers(registers[0], action="decrease")
         step, owed = run(lambda place, ahead, *state: (ahead(), produce(place, *state)), (jnp.int32(0), jnp.int32(0)))
-        if hand_over:
-            hand_over(step, owed)
+        if hand_over_last:
+            hand_over_last(step, owed)
         held = jnp.maximum(step - slots, 0)
         lax.fori_loop(held, step, lambda s, _: plgpu.barrier_wait(free.at[lax.rem(s, jnp.int32(slots))]), None)
 
@@ -126,6 +126,28 @@ def acquire(step, slots: int, free):
     return slot
 
 
+def hand_over(step, owed, slots: int, full, threads, later: int = 1) -> None:
+    """Gives the consumers the slot of step - 1, once the rows that threads copied are there.
+
+    Args:
+        step: int32.
+        owed: int32, arrivals that the barrier of that slot still expects of this warpgroup: 0, 1 or 2.
+        slots: Ring slots.
+        full: Barriers of the slots.
+        threads: `mosaic_gpu_rows`, or its plain form.
+        later: How often `end_step` was called since.
+    """
+
+    @pl.when(owed > 0)
+    def _():
+        threads.landed(later)
+        plgpu.barrier_arrive(full.at[lax.rem(step - 1, jnp.int32(slots))])
+
+    @pl.when(owed > 1)
+    def _():
+        plgpu.barrier_arrive(full.at[lax.rem(step - 1, jnp.int32(slots))])
+
+
 def stores(tile: Tile, out_g, tiled_s) -> list[Callable[[], None]]:
     """Calls that store a whole tile, one for each 64 x 64 piece; if the tile is not whole they store nothing.
 
@@ -145,6 +167,26 @@ def stores(tile: Tile, out_g, tiled_s) -> list[Callable[[], None]]:
         @pl.when(tile.whole)
         def _():
             plgpu.copy_smem_to_gmem(buffer_s, out_g.at[rows, columns])
+
+    return [functools.partial(store, *corner) for corner in tile.corners()]
+
+
+def scattered_stores(tile: Tile, out_g, index_g, tiled_s, threads) -> list[Callable[[], None]]:
+    """Calls that store a tile row by row, out_g[index_g[row]], one for each 64 x 64 piece; rows that are not its own, and places out of range, are left out.
+
+    Args:
+        tile: A finished tile.
+        out_g: [O, N] in global memory.
+        index_g: int32 [A].
+        tiled_s: `tiled_buffers`.
+        threads: `mosaic_gpu_rows`, or its plain form.
+    """
+
+    def store(r, c):
+        buffer_s = tiled_s.at[lax.axis_index("wg")]
+        buffer_s[...] = tile.value[r : r + CHUNK, c : c + CHUNK]
+        plgpu.commit_smem()
+        threads.store_rows(buffer_s, out_g, index_g, tile.row + r, tile.column + c, tile.own, tile.end)
 
     return [functools.partial(store, *corner) for corner in tile.corners()]
 

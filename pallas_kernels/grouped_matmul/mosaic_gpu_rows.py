@@ -4,24 +4,19 @@ A slot of r rows and w columns of 16-bit numbers lies in shared memory as [r / 8
 stand in the order piece ^ i. Rows are copied by `cp.async`, 16 bytes a thread: the copies run while those of the next step are asked for. A slot is handed to
 the consumers one step later: then its copies have mostly landed, and each thread waits for its own, makes them visible to wgmma and meets the others.
 
-The interpreter does not run inlined code; for it each function has a plain form.
+The interpreter does not run inlined code; `mosaic_gpu_rows_plain.py` holds the same functions for it.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm, nvvm
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.mosaic_gpu_ring import CHUNK, TILED, Tile
+from pallas_kernels.grouped_matmul.mosaic_gpu_ring import TILED
 
 PIECE = 8  # numbers of 16 bits that one thread moves at a time
 THREADS = 128
@@ -77,13 +72,11 @@ def _per_piece(rows: int, width: int):
     return shape, plgpu.Layout.WG_STRIDED(shape, vec_size=1)
 
 
-def row_indices(index_g, first, rows: int, width: int, interpret: bool):
+def row_indices(index_g, first, rows: int, width: int):
     """The rows index_g[first : first + rows], or first .. first + rows - 1 without an index, as `copy_rows` takes them to fill a slot of `rows` x `width`.
 
     Loaded where nobody waits for them, a step or more before they are used.
     """
-    if interpret:
-        return first + jnp.arange(rows, dtype=jnp.int32) if index_g is None else index_g[pl.ds(first, rows)]
     shape, layout = _per_piece(rows, width)
     references = [] if index_g is None else [index_g]
     returned = plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=layout)
@@ -104,7 +97,7 @@ def row_indices(index_g, first, rows: int, width: int, interpret: bool):
     return find(first, *references)
 
 
-def copy_rows(x_g, indices, slot_s, column, interpret: bool, own=None) -> None:
+def copy_rows(x_g, indices, slot_s, column, own=None) -> None:
     """Asks for slot_s[i] = x_g[row i of indices, column : column + w], by all threads of the warpgroup; `hand_over` waits for it, after `end_step`.
 
     Args:
@@ -112,17 +105,9 @@ def copy_rows(x_g, indices, slot_s, column, interpret: bool, own=None) -> None:
         indices: from `row_indices` for this shape; those out of range are clipped.
         slot_s: [r, w] in shared memory, laid out as TILED; w a multiple of 64, r * w of 1024.
         column: int32.
-        interpret: Take the plain form.
         own: (first, end) of the rows of the slot to copy, int32; the others become zero. None: all.
     """
     rows, width = slot_s.shape
-    if interpret:
-        first, end = (0, rows) if own is None else own
-        for i in range(rows):
-            row = jnp.clip(indices[i], 0, x_g.shape[0] - 1)
-            value = x_g[pl.ds(row, 1), pl.ds(column, width)]
-            slot_s[pl.ds(i, 1)] = jnp.where((first <= i) & (i < end), value, jnp.zeros_like(value))
-        return
     _, layout = _per_piece(rows, width)
     limits = () if own is None else own
 
@@ -148,10 +133,8 @@ def copy_rows(x_g, indices, slot_s, column, interpret: bool, own=None) -> None:
     copy(x_g, indices, slot_s, column, *limits)
 
 
-def end_step(interpret: bool) -> None:
+def end_step() -> None:
     """Marks the end of a step's calls of `copy_rows`; also where there were none."""
-    if interpret:
-        return
 
     @plgpu.inline_mgpu()
     def commit(_):
@@ -160,33 +143,8 @@ def end_step(interpret: bool) -> None:
     commit()
 
 
-def hand_over(step, owed, slots: int, full, interpret: bool, later: int = 1) -> None:
-    """Gives the consumers the slot of step - 1, once the copies of `copy_rows` are there.
-
-    Args:
-        step: int32.
-        owed: int32, arrivals that the barrier of that slot still expects of this warpgroup: 0, 1 or 2.
-        slots: Ring slots.
-        full: Barriers of the slots.
-        interpret: Take the plain form.
-        later: How often `end_step` was called since.
-    """
-
-    @pl.when(owed > 0)
-    def _():
-        _landed(later, interpret)
-        plgpu.barrier_arrive(full.at[lax.rem(step - 1, jnp.int32(slots))])
-
-    @pl.when(owed > 1)
-    def _():
-        plgpu.barrier_arrive(full.at[lax.rem(step - 1, jnp.int32(slots))])
-
-
-def _landed(later: int, interpret: bool) -> None:
+def landed(later: int) -> None:
     """Waits until the copies of all but the last `later` steps are there, seen by wgmma and done by all threads of the warpgroup."""
-    if interpret:
-        plgpu.commit_smem()
-        return
 
     @plgpu.inline_mgpu()
     def wait(_):
@@ -197,42 +155,9 @@ def _landed(later: int, interpret: bool) -> None:
     wait()
 
 
-def scattered_stores(tile: Tile, out_g, index_g, tiled_s, interpret: bool) -> list[Callable[[], None]]:
-    """Calls that store a tile row by row, out_g[index_g[row]], one for each 64 x 64 piece; rows that are not its own, and places out of range, are left out.
-
-    Args:
-        tile: A finished tile.
-        out_g: [O, N] in global memory.
-        index_g: int32 [A].
-        tiled_s: `tiled_buffers`.
-        interpret: Take the plain form.
-    """
-
-    def store(r, c):
-        buffer_s = tiled_s.at[lax.axis_index("wg")]
-        buffer_s[...] = tile.value[r : r + CHUNK, c : c + CHUNK]
-        plgpu.commit_smem()
-        _scatter(buffer_s, out_g, index_g, tile.row + r, tile.column + c, tile.own, tile.end, interpret)
-
-    return [functools.partial(store, *corner) for corner in tile.corners()]
-
-
-def _scatter(buffer_s, out_g, index_g, row, column, own, end, interpret: bool) -> None:
+def store_rows(buffer_s, out_g, index_g, row, column, own, end) -> None:
     """out_g[index_g[row + i], column : column + w] = buffer_s[i] for own <= row + i < end; afterwards the buffer may be written again."""
     rows, width = buffer_s.shape
-    if interpret:
-
-        def one(i, _):
-            @pl.when((row + i >= own) & (row + i < end))
-            def _():
-                target = index_g[row + i]
-
-                @pl.when((target >= 0) & (target < out_g.shape[0]))
-                def _():
-                    out_g[pl.ds(target, 1), pl.ds(column, width)] = buffer_s[pl.ds(i, 1)]
-
-        lax.fori_loop(0, rows, one, None)
-        return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(TILED), plgpu.RefType(), plgpu.RefType(), *[SPLAT] * 4))
     def scatter(_, buffer, out, index, *numbers):

@@ -18,17 +18,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.grouped_matmul import mosaic_gpu_rows, mosaic_gpu_rows_plain
 from pallas_kernels.grouped_matmul.groups import RowGroups
 from pallas_kernels.grouped_matmul.mosaic_gpu_ring import (
     TILED,
     Tile,
     acquire,
+    hand_over,
     no_tile,
     run_ring,
     stores,
     tiled_buffers,
 )
-from pallas_kernels.grouped_matmul.mosaic_gpu_rows import copy_rows, end_step, hand_over, row_indices
 from pallas_kernels.grouped_matmul.schedule import ALIGN
 from pallas_kernels.hopper_overlap import during_first_step, multiply_while_storing
 
@@ -88,7 +89,8 @@ def grouped_weight_gradient(
     bm, bn, bk, slots = tiles.bm, tiles.bn, tiles.bk, tiles.slots
     m_tiles, n_tiles = width // bm, outer // bn
     wm = bm // 2
-    count, plain = groups.size_G.shape[0], interpret is not None
+    count = groups.size_G.shape[0]
+    threads = mosaic_gpu_rows if interpret is None else mosaic_gpu_rows_plain
     order_G = _largest_first(groups.size_G)
     start_G = groups.start_G[order_G]
     ranges_3G = jnp.stack([start_G, start_G + groups.size_G[order_G], order_G])
@@ -123,7 +125,7 @@ def grouped_weight_gradient(
                 return pl.multiple_of(jnp.minimum(first + i * bk, rows - bk), ALIGN)
 
             def indices(i):  # of a step: asked for while the step before is copied
-                return [None if g is None else row_indices(g, begin(i), bk, n, plain) for g, n in sides]
+                return [None if g is None else threads.row_indices(g, begin(i), bk, n) for g, n in sides]
 
             def load(i, carry):
                 step, owed, at = carry
@@ -134,13 +136,13 @@ def grouped_weight_gradient(
 
                 def fetch(source_g, at, slot_s, column):
                     if at is not None:
-                        copy_rows(source_g, at, slot_s, column, plain, own)
+                        threads.copy_rows(source_g, at, slot_s, column, own)
                         return
 
                     @pl.when(foreign)
                     def _():
-                        at = row_indices(None, begin(i), bk, slot_s.shape[1], plain)
-                        copy_rows(source_g, at, slot_s, column, plain, own)
+                        at = threads.row_indices(None, begin(i), bk, slot_s.shape[1])
+                        threads.copy_rows(source_g, at, slot_s, column, own)
 
                     @pl.when(jnp.logical_not(foreign))
                     def _():
@@ -149,8 +151,8 @@ def grouped_weight_gradient(
 
                 fetch(x_g, at[0], x_s.at[slot], x_column)
                 fetch(dy_g, at[1], dy_s.at[slot], dy_column)
-                end_step(plain)
-                hand_over(step, owed, slots, full, plain)
+                threads.end_step()
+                hand_over(step, owed, slots, full, threads)
                 return step + 1, jnp.where(foreign, jnp.int32(2), jnp.int32(len(gathered))), ahead
 
             return lax.fori_loop(0, length, load, (step, owed, indices(0)))[:2]
@@ -184,7 +186,7 @@ def grouped_weight_gradient(
                 store()
 
         first_held = functools.partial(no_tile, wm, bn, dtype)
-        last = lambda step, owed: hand_over(step, owed, slots, full, plain, 0)  # noqa: E731
+        last = lambda step, owed: hand_over(step, owed, slots, full, threads, 0)  # noqa: E731
         run_ring(items, ctas, slots, free, locate, produce, consume, first_held, finish, tiles.life, last)
 
     dw = plgpu.kernel(

@@ -13,7 +13,7 @@ import tiny
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from packed_toy import random_lists, random_state
-from scripted import pretrain
+from scripted import pretrain, train_on_one_device
 
 from sparse_lm.config import validate
 from sparse_lm.layers.feed_forward import DenseFeedForward
@@ -199,10 +199,7 @@ def test_a_run_on_a_mesh_learns_the_orders_of_one_device_and_resumes_to_the_bit(
     )
     runs = {name: tmp_path / name for name in ("mesh", "one", "again")}
     pretrain(validate(recipe), runs["mesh"], monkeypatch)
-    with monkeypatch.context() as one_device:
-        devices = jax.devices()[:1]
-        one_device.setattr(jax, "devices", lambda *_: devices)
-        assert train(validate(dataclasses.replace(recipe, mesh=MeshShape())), runs["one"]) == 0
+    train_on_one_device(recipe, runs["one"], monkeypatch)
     rows, lone_rows = (read_rows(runs[name] / "metrics.jsonl", "train") for name in ("mesh", "one"))
     np.testing.assert_allclose([row["loss"] for row in rows], [row["loss"] for row in lone_rows], rtol=1e-5)
     moments = set()

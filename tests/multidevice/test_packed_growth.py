@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from packed_toy import random_state
-from scripted import pretrain
+from scripted import pretrain, train_on_one_device
 
 from sparse_lm.config import validate
 from sparse_lm.layers.tree_paths import flatten
@@ -142,10 +142,7 @@ def test_a_run_grows_the_experts_of_one_device_and_resumes_to_the_bit(
     )
     runs = {name: tmp_path / name for name in ("mesh", "one", "again")}
     pretrain(validate(run), runs["mesh"], monkeypatch)
-    with monkeypatch.context() as one_device:
-        devices = jax.devices()[:1]
-        one_device.setattr(jax, "devices", lambda *_: devices)
-        assert train(validate(dataclasses.replace(run, mesh=MeshShape())), runs["one"]) == 0
+    train_on_one_device(run, runs["one"], monkeypatch)
     losses, lone_losses = (
         [row["loss"] for row in read_rows(runs[name] / "metrics.jsonl", "train")] for name in ("mesh", "one")
     )

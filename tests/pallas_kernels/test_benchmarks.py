@@ -1,15 +1,25 @@
 """The benchmark commands on tiny problems: they run, their numbers add up, their files are written."""
 
 import json
+import pathlib
+import re
+import runpy
+import sys
 
 import jax
 import numpy as np
 import pytest
 
+from pallas_kernels.backend import jax_version
 from pallas_kernels.benchmark import block_sparse, feed_forward, fused, grouped, parts
+from pallas_kernels.benchmark.timing import NoneChosenError, chosen
+from pallas_kernels.block_sparse_matmul import tuned_tiles
 from pallas_kernels.grouped_matmul import grouped_feed_forward
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="tiny problems say nothing on an accelerator")
+
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_routes_are_plans_of_the_routed_feed_forward():
@@ -82,3 +92,43 @@ def test_a_part_that_fails_is_said_and_is_not_a_number(tmp_path, monkeypatch, ca
     assert json.loads((tmp_path / "table.json").read_text()) == found
     said = capsys.readouterr().out
     assert "FAILED norms small 2: MemoryError: too large" in said and "large: " not in said.replace("too large", "")
+
+
+def test_parts_and_candidates_are_chosen_by_name():
+    named = {"0.5 product": 1, "0.25 product": 2, "0.5 sampled": 3}
+    assert chosen(named, "^0.5") == {"0.5 product": 1, "0.5 sampled": 3} and chosen(named, "") == named
+    with pytest.raises(
+        NoneChosenError, match=r"only = 'dx'; allowed: .* one of 0.5 product, 0.25 product, 0.5 sampled"
+    ):
+        chosen(named, "dx")
+
+
+@pytest.mark.parametrize(
+    "only, message",
+    [
+        ("(", r"argument --only: '\(' is not a regular expression"),
+        ("no such part", "error: norms: only = 'no such part'; allowed: .* one of norms"),
+    ],
+)
+def test_a_choice_that_means_nothing_is_one_line(monkeypatch, capsys, only, message):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "kernels", "--op", "norms", "--only", only])
+    with pytest.raises(SystemExit) as exited:
+        runpy.run_path(str(ROOT / "scripts" / "benchmark.py"), run_name="__main__")
+    assert exited.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.skipif(jax_version() < (0, 11, 0), reason="the Hopper kernels need JAX 0.11")
+def test_candidates_hold_the_tilings_in_use():
+    """Else a search could not find them again."""
+    from pallas_kernels.block_sparse_matmul.mosaic_gpu_product import ProductTile
+    from pallas_kernels.block_sparse_matmul.mosaic_gpu_sampled import SampledTile
+    from pallas_kernels.grouped_matmul.tiles import product_tiles, weight_tiles
+
+    tiles = list(block_sparse.candidates().values())
+    for operation, classes in tuned_tiles.H100.items():
+        kind = SampledTile if operation == "sampled_product" else ProductTile
+        assert all((operation, kind(**fields)) in tiles for _, fields in classes), operation
+    of_weights = [weight for _, weight in grouped.candidates().values()]
+    assert all(weight_tiles("NVIDIA H200", 2048, 1024, by_index) in of_weights for by_index in (False, True))
+    assert product_tiles("NVIDIA H200", 65536, 2048, 1024) in [product for product, _ in grouped.candidates().values()]
