@@ -4,8 +4,7 @@ A CTA multiplies a row tile of one group with a column tile of its weight; both 
 weights through the transposing operand of wgmma. SwiGLU keeps two accumulators of half the width and writes silu(gate) * up. The sum of two products (dx of SwiGLU)
 contracts one after the other into one accumulator.
 
-A consumer stores its part of a tile while it multiplies the next one, if all rows of the part are of the tile's group; the parts at the ends of groups it stores at
-once. So it does with the two products that SwiGLU saves, for which there are no registers.
+A consumer stores its part of a tile while it multiplies the next one. The two products that SwiGLU saves, for which there are no registers, it stores at once.
 
 Legend: A rows, W weights, K contraction, N outer dim; bm, bn, bk tile sizes; V row tiles.
 """
@@ -29,11 +28,8 @@ from pallas_kernels.grouped_matmul.mosaic_gpu_ring import (
     acquire,
     hand_over,
     no_tile,
-    plain_buffers,
+    row_stores,
     run_ring,
-    scattered_stores,
-    store_part,
-    stores,
     tiled_buffers,
 )
 from pallas_kernels.grouped_matmul.schedule import row_tiles
@@ -99,14 +95,12 @@ def grouped_product(
         index_g, refs = (refs[0], refs[1:]) if gathered else (None, refs)
         output_index_g, refs = (refs[0], refs[1:]) if scattered else (None, refs)
         x_gs, w_gs, out_gs = refs[:terms], refs[terms:][: len(weights)], refs[terms + len(weights) :][:outs]
-        x_s, w_s, tiled_s, plain_s, full, free = refs[terms + len(weights) + outs :]
+        x_s, w_s, tiled_s, full, free = refs[terms + len(weights) + outs :]
         warpgroup = lax.axis_index("wg")
         with_steps, all_tiles = count_g[0], count_g[1]
 
         def leave(tile):
-            if scattered:
-                return scattered_stores(tile, out_gs[0], output_index_g, tiled_s, threads)
-            return stores(tile, out_gs[0], tiled_s)
+            return row_stores(tile, out_gs[0], tiled_s, threads, output_index_g)
 
         def locate(item):
             v, n = plgpu.planar_snake(item, (all_tiles, columns), tiles.minor, tiles.width)
@@ -171,17 +165,14 @@ def grouped_product(
 
             upcoming, products = pl.run_scoped(multiply, *(plgpu.ACC((wm, bn), jnp.float32) for _ in range(parts)))
 
-            def finished(value, out_g):
-                tile = Tile(value.astype(dtype), row, n * bn, own, end)
-                if not scattered:
-                    store_part(tile, out_g, plain_s)
-                return tile
+            def finished(value):
+                return Tile(value.astype(dtype), row, n * bn, own, end)
 
             for value, out_g in zip(products, out_gs[1:]):
-                for store in stores(finished(value, out_g), out_g, tiled_s):
+                for store in row_stores(finished(value), out_g, tiled_s, threads):
                     store()
             result = products[0] / (1 + jnp.exp(-products[0])) * products[1] if parts == 2 else products[0]
-            return upcoming, (step + length, finished(result, out_gs[0]))
+            return upcoming, (step + length, finished(result))
 
         def finish(held):
             for store in leave(held):
@@ -206,7 +197,6 @@ def grouped_product(
             plgpu.SMEM((slots, bm, bk), dtype, transforms=TILED),
             plgpu.SMEM((slots, parts, *((bn, bk) if transpose else (bk, bn))), dtype, transforms=TILED),
             tiled_buffers(dtype),
-            plain_buffers(dtype),
             plgpu.Barrier(num_arrivals=1 + parts, num_barriers=slots),
             plgpu.Barrier(num_arrivals=2, num_barriers=slots),
         ],

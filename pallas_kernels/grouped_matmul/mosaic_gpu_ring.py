@@ -148,90 +148,66 @@ def hand_over(step, owed, slots: int, full, threads, later: int = 1) -> None:
         plgpu.barrier_arrive(full.at[lax.rem(step - 1, jnp.int32(slots))])
 
 
+def _staged(tile: Tile, r: int, c: int, tiled_s):
+    """The piece at (r, c) of a tile in shared memory, once the copy of the piece before has read it; the row and column of the output where it belongs."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    buffer_s = tiled_s.at[lax.axis_index("wg")]
+    buffer_s[...] = tile.value[r : r + CHUNK, c : c + CHUNK]
+    plgpu.commit_smem()
+    return buffer_s, tile.row + r, pl.multiple_of(tile.column + c, CHUNK)
+
+
+def _copy(buffer_s, out_g, row, column):
+    """Stores a piece by the copy engine, which goes on by itself."""
+    plgpu.copy_smem_to_gmem(buffer_s, out_g.at[pl.ds(pl.multiple_of(row, 8), CHUNK), pl.ds(column, CHUNK)])
+
+
 def stores(tile: Tile, out_g, tiled_s) -> list[Callable[[], None]]:
     """Calls that store a whole tile, one for each 64 x 64 piece; if the tile is not whole they store nothing.
 
-    A piece leaves by the copy engine. One buffer [consumer, 64, 64] is enough where every call stands in another step: by then the copy of the piece before has read it.
+    One buffer for each consumer is enough where every call stands in another step: by then the copy of the piece before has read it.
     """
 
     def store(r, c):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        buffer_s = tiled_s.at[lax.axis_index("wg")]
-        buffer_s[...] = tile.value[r : r + CHUNK, c : c + CHUNK]
-        plgpu.commit_smem()
-        rows, columns = (
-            pl.ds(pl.multiple_of(tile.row + r, 8), CHUNK),
-            pl.ds(pl.multiple_of(tile.column + c, CHUNK), CHUNK),
-        )
+        buffer_s, row, column = _staged(tile, r, c, tiled_s)
 
         @pl.when(tile.whole)
         def _():
-            plgpu.copy_smem_to_gmem(buffer_s, out_g.at[rows, columns])
+            _copy(buffer_s, out_g, row, column)
 
     return [functools.partial(store, *corner) for corner in tile.corners()]
 
 
-def scattered_stores(tile: Tile, out_g, index_g, tiled_s, threads) -> list[Callable[[], None]]:
-    """Calls that store a tile row by row, out_g[index_g[row]], one for each 64 x 64 piece; rows that are not its own, and places out of range, are left out.
+def row_stores(tile: Tile, out_g, tiled_s, threads, index_g=None) -> list[Callable[[], None]]:
+    """Calls that store the own rows of a tile, one for each 64 x 64 piece; rows outside stay untouched.
+
+    A whole tile leaves by the copy engine. Threads store the rows of others, and those that go to out_g[index_g[row]]; places out of range are left out.
 
     Args:
         tile: A finished tile.
-        out_g: [O, N] in global memory.
-        index_g: int32 [A].
+        out_g: [A, N] in global memory, [O, N] with an index.
         tiled_s: `tiled_buffers`.
         threads: `mosaic_gpu_rows`, or its plain form.
+        index_g: int32 [A] or None.
     """
 
     def store(r, c):
-        buffer_s = tiled_s.at[lax.axis_index("wg")]
-        buffer_s[...] = tile.value[r : r + CHUNK, c : c + CHUNK]
-        plgpu.commit_smem()
-        threads.store_rows(buffer_s, out_g, index_g, tile.row + r, tile.column + c, tile.own, tile.end)
+        buffer_s, row, column = _staged(tile, r, c, tiled_s)
+        by_rows = tile.own < tile.end
+        if index_g is None:
+            by_rows &= jnp.logical_not(tile.whole)
+
+            @pl.when(tile.whole)
+            def _():
+                _copy(buffer_s, out_g, row, column)
+
+        @pl.when(by_rows)
+        def _():
+            threads.store_rows(buffer_s, out_g, index_g, row, column, tile.own, tile.end)
 
     return [functools.partial(store, *corner) for corner in tile.corners()]
-
-
-def store_part(tile: Tile, out_g, plain_s):
-    """Store the own rows of a tile at once, if it is not whole; rows outside stay untouched.
-
-    The copy engine takes any row only from a plain buffer, and copies of fixed heights: of 16, 4 and 1 rows here, as many as it takes.
-    """
-
-    def store(r, c, offset, count):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        buffer_s = plain_s.at[lax.axis_index("wg")]
-        buffer_s[...] = tile.value[r : r + CHUNK, c : c + CHUNK]
-        plgpu.commit_smem()
-        for height in (16, 4, 1):
-            copies = lax.div(count, jnp.int32(height))
-
-            def copy(i, _, height=height, offset=offset):
-                begin = offset + i * height
-                rows, columns = (
-                    pl.ds(tile.row + r + begin, height),
-                    pl.ds(pl.multiple_of(tile.column + c, CHUNK), CHUNK),
-                )
-                plgpu.copy_smem_to_gmem(buffer_s.at[pl.ds(begin, height)], out_g.at[rows, columns])
-
-            lax.fori_loop(0, copies, copy, None)
-            offset, count = offset + copies * height, count - copies * height
-
-    @pl.when(jnp.logical_not(tile.whole))
-    def _():
-        for r, c in tile.corners():
-            offset = jnp.clip(tile.own - tile.row - r, 0, CHUNK)
-            count = jnp.clip(tile.end - tile.row - r, 0, CHUNK) - offset
-
-            @pl.when(count > 0)
-            def _(r=r, c=c, offset=offset, count=count):
-                store(r, c, offset, count)
 
 
 def tiled_buffers(dtype):
     """Scratch of `stores`: a swizzled piece for each consumer."""
     return plgpu.SMEM((2, CHUNK, CHUNK), dtype, transforms=TILED)
-
-
-def plain_buffers(dtype):
-    """Scratch of `store_part`: a plain piece for each consumer. Its rows are 128 bytes, the alignment of the copy engine."""
-    return plgpu.SMEM((2, CHUNK, CHUNK), dtype)

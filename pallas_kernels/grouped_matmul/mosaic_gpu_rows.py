@@ -1,4 +1,4 @@
-"""What Hopper's copy engine cannot do with the rows of a swizzled slot: gather and scatter them by index, leave some of them zero. Threads of a warpgroup do it.
+"""What Hopper's copy engine cannot do with the rows of a swizzled slot: gather and scatter them by index, leave some of them zero, store only some of them. Threads of a warpgroup do it.
 
 A slot of r rows and w columns of 16-bit numbers lies in shared memory as [r / 8, w / 64, 8, 64] (TILED), where the eight 16-byte pieces of row i of a tile
 stand in the order piece ^ i. Rows are copied by `cp.async`, 16 bytes a thread: the copies run while those of the next step are asked for. A slot is handed to
@@ -156,21 +156,24 @@ def landed(later: int) -> None:
 
 
 def store_rows(buffer_s, out_g, index_g, row, column, own, end) -> None:
-    """out_g[index_g[row + i], column : column + w] = buffer_s[i] for own <= row + i < end; afterwards the buffer may be written again."""
+    """out_g[index_g[row + i] or row + i, column : column + w] = buffer_s[i] for own <= row + i < end; afterwards the buffer may be written again."""
     rows, width = buffer_s.shape
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(TILED), plgpu.RefType(), plgpu.RefType(), *[SPLAT] * 4))
-    def scatter(_, buffer, out, index, *numbers):
-        pieces, (row, column, own, end) = _Pieces(rows, width), (n.registers.item() for n in numbers)
+    references = (buffer_s, out_g) if index_g is None else (buffer_s, out_g, index_g)
+    types = [plgpu.RefType(TILED), *[plgpu.RefType() for _ in references[1:]]]
+
+    @plgpu.inline_mgpu(arg_types=(*[SPLAT] * 4, *types))
+    def put(_, row, column, own, end, buffer, out, *index):
+        pieces, (row, column, own, end) = _Pieces(rows, width), (n.registers.item() for n in (row, column, own, end))
         i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
         element = ir.MemRefType(out.type).element_type
         stored, features = ir.MemRefType(out.type).shape
         first = arith.extsi(i64, arith.addi(column, arith.muli(pieces.piece, _i32(PIECE))))
-        to, indices = (llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(r)) for r in (out, index))
+        to, *indices = (llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(r)) for r in (out, *index))
         for step in range(pieces.steps):
             place = arith.addi(row, pieces.row(step))
             with mgpu.utils.when(arith.andi(_at_least(place, own), _less(place, end))):
-                target = llvm.load(i32, mgpu.utils.getelementptr(indices, [place], i32))
+                target = llvm.load(i32, mgpu.utils.getelementptr(indices[0], [place], i32)) if indices else place
                 with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, target, _i32(stored))):
                     four = ir.VectorType.get((4,), i32)
                     value = llvm.load(four, pieces.pointer(buffer, step), alignment=2 * PIECE)
@@ -178,4 +181,4 @@ def store_rows(buffer_s, out_g, index_g, row, column, own, end) -> None:
                     llvm.store(value, mgpu.utils.getelementptr(to, [offset], element), alignment=2 * PIECE)
         mgpu.utils.warpgroup_barrier()
 
-    scatter(buffer_s, out_g, index_g, row, column, own, end)
+    put(row, column, own, end, *references)

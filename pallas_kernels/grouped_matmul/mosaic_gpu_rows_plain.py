@@ -41,7 +41,7 @@ def store_rows(buffer_s, out_g, index_g, row, column, own, end) -> None:
     def one(i, _):
         @pl.when((row + i >= own) & (row + i < end))
         def _():
-            target = index_g[row + i]
+            target = row + i if index_g is None else index_g[row + i]
 
             @pl.when((target >= 0) & (target < out_g.shape[0]))
             def _():
