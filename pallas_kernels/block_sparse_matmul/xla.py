@@ -1,7 +1,7 @@
 """Block-sparse products in plain XLA whose cost falls with density: the CPU path and the fallback everywhere.
 
-One loop over the stored blocks, each step a dot of token-major slices: absent blocks cost nothing and any pattern is served.
-(Feature-major copies of the activations, or one dot for several blocks of a column, are slower: docs/log.md.)
+A loop over the blocks of the input's features takes each slice of the activations once; an inner loop over the stored blocks of that slice is one
+dot a block: absent blocks cost nothing and any pattern is served. (What was slower: docs/log.md.)
 
 Legend: E experts, M rows, K/N features, J stored blocks, R/C block rows and columns, k/n features inside a block.
 """
@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.block_sparse_matmul.reference import block_columns_of
 from pallas_kernels.block_sparse_matmul.topology import BlockTopology
 
 
@@ -42,27 +41,31 @@ def _zeros(shape, dtype, *operands):
     return jnp.where(jnp.ones((), bool), jnp.zeros(shape, dtype), like)
 
 
+def _slice(x_MK, i, width: int):
+    return lax.dynamic_slice_in_dim(x_MK, i * width, width, axis=1)
+
+
 def _one_expert(x_MK, values_Jkn, topology: BlockTopology, *, transposed, precision):
-    blocks = values_Jkn.shape[0]
     if transposed:
-        inner_J, slot_J, start_C1 = topology.column_index, topology.row_order, topology.row_start
-        inner, outer, columns = topology.block_out, topology.block_in, topology.block_rows
+        start_R1, outer_J, slot_J = topology.column_start, topology.row_index, None
+        inner, outer, outers = topology.block_out, topology.block_in, topology.block_rows
     else:
-        inner_J, slot_J, start_C1 = topology.row_index, None, topology.column_start
-        inner, outer, columns = topology.block_in, topology.block_out, topology.block_columns
-    column_J = block_columns_of(start_C1, blocks)
+        start_R1, outer_J, slot_J = topology.row_start, topology.column_index, topology.row_order
+        inner, outer, outers = topology.block_in, topology.block_out, topology.block_columns
     contraction = ((1,), (1 if transposed else 0,))
 
-    def add(j, y_MN):
-        x_Mk = lax.dynamic_slice_in_dim(x_MK, inner_J[j] * inner, inner, axis=1)
-        w_kn = values_Jkn[j if slot_J is None else slot_J[j]]
-        place = column_J[j] * outer
-        sum_Mn = lax.dynamic_slice_in_dim(y_MN, place, outer, axis=1)
-        sum_Mn = sum_Mn + accumulating_dot(x_Mk, w_kn, contraction, precision)
-        return lax.dynamic_update_slice_in_dim(y_MN, sum_Mn, place, axis=1)
+    def block_row(r, y_MN):
+        x_Mk = _slice(x_MK, r, inner)
 
-    zeros_MN = _zeros((x_MK.shape[0], columns * outer), _accumulator(x_MK.dtype), x_MK, values_Jkn, start_C1, inner_J)
-    return lax.fori_loop(0, start_C1[-1], add, zeros_MN).astype(x_MK.dtype)
+        def add(j, y_MN):
+            w_kn = values_Jkn[j if slot_J is None else slot_J[j]]
+            sum_Mn = _slice(y_MN, outer_J[j], outer) + accumulating_dot(x_Mk, w_kn, contraction, precision)
+            return lax.dynamic_update_slice_in_dim(y_MN, sum_Mn, outer_J[j] * outer, axis=1)
+
+        return lax.fori_loop(start_R1[r], start_R1[r + 1], add, y_MN)
+
+    zeros_MN = _zeros((x_MK.shape[0], outers * outer), _accumulator(x_MK.dtype), x_MK, values_Jkn, start_R1, outer_J)
+    return lax.fori_loop(0, start_R1.shape[0] - 1, block_row, zeros_MN).astype(x_MK.dtype)
 
 
 def _over_experts(function, *arguments):
@@ -89,19 +92,20 @@ def sampled_product(x_EMK: jax.Array, dy_EMN: jax.Array, topology: BlockTopology
     """The stored blocks of x^T dy per expert, accumulated in float32, in the dtype of x: one dot per block."""
 
     def one_expert(x_MK, dy_MN, topology):
-        start_C1, row_J = topology.column_start, topology.row_index
-        block_in, block_out = topology.block_in, topology.block_out
+        start_R1, column_J, slot_J = topology.row_start, topology.column_index, topology.row_order
 
-        def column(c, out_Jkn):
-            dy_Mn = lax.dynamic_slice_in_dim(dy_MN, c * block_out, block_out, axis=1)
+        def block_row(r, out_Jkn):
+            x_kM = _slice(x_MK, r, topology.block_in).T
 
             def block(j, out_Jkn):
-                x_Mk = lax.dynamic_slice_in_dim(x_MK, row_J[j] * block_in, block_in, axis=1)
-                return out_Jkn.at[j].set(accumulating_dot(x_Mk, dy_Mn, ((0,), (0,)), precision).astype(x_MK.dtype))
+                dy_Mn = _slice(dy_MN, column_J[j], topology.block_out)
+                dw_kn = accumulating_dot(x_kM, dy_Mn, ((1,), (0,)), precision)
+                return out_Jkn.at[slot_J[j]].set(dw_kn.astype(x_MK.dtype))
 
-            return lax.fori_loop(start_C1[c], start_C1[c + 1], block, out_Jkn)
+            return lax.fori_loop(start_R1[r], start_R1[r + 1], block, out_Jkn)
 
-        zeros_Jkn = _zeros((row_J.shape[0], block_in, block_out), x_MK.dtype, x_MK, dy_MN, start_C1, row_J)
-        return lax.fori_loop(0, topology.block_columns, column, zeros_Jkn)
+        shape = (slot_J.shape[0], topology.block_in, topology.block_out)
+        zeros_Jkn = _zeros(shape, x_MK.dtype, x_MK, dy_MN, start_R1, column_J)
+        return lax.fori_loop(0, topology.block_rows, block_row, zeros_Jkn)
 
     return _over_experts(one_expert, x_EMK, dy_EMN, topology)
