@@ -1,7 +1,8 @@
 """Says what a recipe will take before it runs: python scripts/plan.py RECIPE [--devices N] [--compile] [--mesh.fsdp 2 ...].
 
-With --topology v5p:8x8x8 (v5e, v6e) the step is compiled ahead of time for that TPU slice, which need not be there; with h100:64 or
-h200:64 it is lowered for GPUs. With several topologies, separated by commas, every device keeps its sequences: weak scaling.
+With --topology v5p:8x8x8 (v5e, v6e), h100:64 or h200:64 the step is compiled ahead of time for machines that need not be there: for TPU
+slices by libtpu, for GPUs by JAX's CUDA plugin, without which it is only lowered. With several topologies, separated by commas, every
+device keeps its sequences: weak scaling.
 """
 
 import sys
@@ -43,6 +44,7 @@ def main() -> int:
     )
     recipe, options = command_line.read_recipe(__doc__, arguments)
     if options.topology:
+        jax.config.update("jax_platforms", "cpu")  # devices that are here stay alone
         topologies = command_line.or_exit(lambda: [topology(name) for name in options.topology.split(",")])
         plans = command_line.or_exit(lambda: weak_scaling(recipe, topologies, kernels_required=options.require_kernels))
         console = output()
@@ -149,7 +151,9 @@ def show_ahead(ahead: Ahead, console: Console) -> None:
     share = ahead.memory_bytes / chip.memory_bytes
     if ahead.compiled is None:
         console.print(
-            "Lowered, not compiled: collectives of dense matrices are counted from the parameters, memory is the estimate above."
+            "Lowered, not compiled (no CUDA plugin: pip install 'jax[cuda13]'): collectives of dense matrices are counted from the parameters, "
+            "memory is the estimate above.",
+            soft_wrap=True,
         )
     else:
         compiled = ahead.compiled

@@ -1,8 +1,9 @@
 """A recipe on machines that are not there: the real step, compiled or lowered for them, and what it would take.
 
-For TPU slices the step is compiled ahead of time by libtpu on this machine's CPU, so memory and collectives are those of the real
-program. For GPUs it is lowered: the collectives that the model places itself are in the lowered program; those that XLA's
-partitioner adds for dense matrices are counted from the parameters, as `partitioner_collectives` says.
+The step is compiled ahead of time on this machine's CPU, for TPU slices by libtpu, for GPUs by XLA in JAX's CUDA plugin, so memory and
+collectives are those of the real program. Where the plugin is not installed, a step for GPUs is only lowered: the collectives that the
+model places itself are in the lowered program; those that XLA's partitioner adds for dense matrices are counted from the parameters, as
+`partitioner_collectives` says.
 
 The roofline: compute = executed operations / peak; exchange = bytes that a chip sends / its link rate (all links at once), axis by
 axis one after another; state = parameters, gradients and optimizer state read and written once / memory rate. With everything
@@ -106,7 +107,7 @@ def look_ahead(recipe: Recipe, topology: Topology, *, kernels_required: bool = F
     chip = topology.chip
     clear_choices()
     with assume_device_kind(chip.platform, chip.kind):
-        if chip.platform == "tpu":
+        if topology.compilable:
             session = open_session(recipe, topology.attach())
             compiled, seconds = session.compile_step()
             text, found = compiled.as_text(), analysis(compiled, seconds)
@@ -135,7 +136,7 @@ def weak_scaling(recipe: Recipe, topologies: Sequence[Topology], **options: bool
     rows = [recipe.data.batch_size * target.devices // topologies[0].devices for target in topologies]
     recipes = [override(recipe, "data.batch_size", count) for count in rows]
     for own, target in zip(recipes, topologies):
-        if target.chip.platform == "tpu":
+        if target.compilable:
             check_division(own, own.mesh.build(target.attach()))
     return [look_ahead(own, target, **options) for own, target in zip(recipes, topologies)]
 

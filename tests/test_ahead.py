@@ -1,4 +1,4 @@
-"""Plans for machines that are not there: what the program sends, by hand; the real step through libtpu among the slow tests."""
+"""Plans for machines that are not there: what the program sends, by hand; the real step through libtpu and JAX's CUDA plugin among the slow tests."""
 
 import dataclasses
 import math
@@ -20,7 +20,14 @@ from sparse_lm.routing.top_k import TopKRouter
 from sparse_lm.train.session import open_session
 
 
+@pytest.fixture
+def only_lowered(monkeypatch) -> None:
+    """GPUs as where JAX's CUDA plugin is not installed."""
+    monkeypatch.setattr("sparse_lm.parallel.topology.CUDA_PLUGINS", ("no_such_plugin",))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("only_lowered")
 def test_what_a_routed_step_sends_on_gpus(tmp_path) -> None:
     recipe = tiny.recipe(tmp_path, tiny.MOE, data__batch_size=8, model__remat="block")
     ahead = look_ahead(dataclasses.replace(recipe, mesh=MeshShape(data=1, fsdp=2, expert=4)), topology("h100:8"))
@@ -45,6 +52,7 @@ def test_what_a_routed_step_sends_on_gpus(tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("only_lowered")
 def test_bytes_of_fsdp_and_data_do_not_grow_with_the_devices(tmp_path) -> None:
     """Weak scaling from 64 to 4096 devices, the parameters over 16 of them and replicated over the rest."""
     recipe = tiny.recipe(tmp_path, data__batch_size=64, model__execution="scanned")
@@ -56,6 +64,38 @@ def test_bytes_of_fsdp_and_data_do_not_grow_with_the_devices(tmp_path) -> None:
     assert exponent(plans) == pytest.approx(math.log(plans[1].sent_bytes / plans[0].sent_bytes) / math.log(64))
 
 
+@pytest.mark.parametrize(
+    ("name", "hosts"), [("h100:1", "1x1x1"), ("h200:8", "1x1x8"), ("h100:64", "1x8x8"), ("h100:12", "1x3x4")]
+)
+def test_gpus_stand_in_machines_of_equally_many(name, hosts) -> None:
+    assert topology(name).hosts() == hosts
+
+
+@pytest.mark.usefixtures("only_lowered")
+def test_gpus_without_their_compiler_say_what_to_install(monkeypatch) -> None:
+    def refuse(*_, **__):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
+    with pytest.raises(ValueError, match=r"h100:8.*JAX's CUDA plugin cannot describe it \(pip install jax\[cuda13\]\)"):
+        topology("h100:8").attach()
+
+
+@pytest.mark.slow
+def test_the_real_step_is_compiled_for_gpus(tmp_path) -> None:
+    pytest.importorskip("jax_cuda13_plugin")
+    recipe = tiny.recipe(tmp_path, tiny.MOE, data__batch_size=8, model__remat="block")
+    ahead = look_ahead(dataclasses.replace(recipe, mesh=MeshShape(data=1, fsdp=2, expert=4)), topology("h100:8"))
+    assert ahead.compiled is not None and ahead.memory_bytes == ahead.compiled.peak_bytes > ahead.plan.state_bytes
+    # As in the lowered program above: rows 64 x 16 float32, 3 of 4 parts leave, 8 times; weights 64 float32, 4 times.
+    exchanges = [c for c in ahead.collectives if c.kind == "ragged-all-to-all"]
+    assert {c.axes for c in exchanges} == {("expert",)}
+    assert sum(c.total_bytes for c in exchanges) == 8 * 64 * 16 * 4 * 3 / 4 + 4 * 64 * 4 * 3 / 4
+    gathers = [c for c in ahead.collectives if c.kind == "all-gather"]
+    assert gathers and all("expert" not in c.axes for c in gathers)
+
+
+@pytest.mark.usefixtures("only_lowered")
 def test_missing_kernels_are_an_error_when_asked_for(tmp_path) -> None:
     with pytest.raises(KernelsMissing, match="no custom kernel"):
         look_ahead(tiny.recipe(tmp_path), topology("h100:1"), kernels_required=True)

@@ -183,6 +183,8 @@ def grouped_product(
         last = (lambda step, _: hand_over(step, jnp.minimum(step, 1), slots, full, threads, 0)) if gathered else None
         run_ring(items, ctas, slots, free, locate, produce, consume, first_held, finish, hand_over_last=last)
 
+    kind = "swiglu" if parts == 2 else "summed_product" if terms == 2 else "product"
+    body.__name__ = f"grouped_{kind}{'_transposed' if transpose else ''}"  # shown by profilers
     # Scattered rows are written into zeros, in place.
     zeros = jax.new_ref(jnp.zeros((output_rows, outer), dtype)) if scattered else None
     out = plgpu.kernel(

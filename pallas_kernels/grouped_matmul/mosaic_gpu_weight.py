@@ -189,6 +189,7 @@ def grouped_weight_gradient(
         last = lambda step, owed: hand_over(step, owed, slots, full, threads, 0)  # noqa: E731
         run_ring(items, ctas, slots, free, locate, produce, consume, first_held, finish, tiles.life, last)
 
+    body.__name__ = "grouped_weight_gradient"  # shown by profilers
     dw = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((count * width, outer), dtype),

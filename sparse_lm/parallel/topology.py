@@ -5,6 +5,7 @@ chip together) and NVIDIA's data sheets (NVLink one way inside a machine, one 40
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -40,6 +41,7 @@ class Chip:
 
 
 GIB = 2.0**30
+CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 CHIPS = {
     "v5e": Chip("tpu", "TPU v5 lite", 197e12, 16 * GIB, 819e9, 200e9),
     "v5p": Chip("tpu", "TPU v5", 459e12, 95 * GIB, 2765e9, 600e9),
@@ -63,24 +65,64 @@ class Topology:
     chip: Chip
     devices: int
 
+    @property
+    def compilable(self) -> bool:
+        """Whether the step is compiled for these machines, not only lowered: for GPUs where JAX's CUDA plugin is installed."""
+        return self.chip.platform == "tpu" or any(importlib.util.find_spec(name) for name in CUDA_PLUGINS)
+
     def attach(self) -> list[jax.Device]:
-        """Returns device objects of a TPU slice to compile for; none of them can run anything.
+        """Returns device objects to compile for; none of them can run anything. GPUs need JAX to run on the CPU here (JAX_PLATFORMS=cpu).
 
         Raises:
-          ValueError: where libtpu is missing or knows no such slice.
+          ValueError: where the compiler (libtpu, JAX's CUDA plugin) is missing or knows no such machines.
         """
-        assert self.chip.platform == "tpu"
         # libtpu must not ask a metadata server that only TPU machines have, and compiling needs no lock on chips.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         from jax.experimental import topologies
 
+        tpu = self.chip.platform == "tpu"
+        compiler, package = ("libtpu", "libtpu") if tpu else ("JAX's CUDA plugin", "jax[cuda13]")
+        options = {} if tpu else {"target_config": self.target_config(), "topology": self.hosts()}
         try:
-            return list(topologies.get_topology_desc(self.name, platform="tpu").devices)
+            return list(topologies.get_topology_desc(self.name, platform=self.chip.platform, **options).devices)
         except (RuntimeError, NotImplementedError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            hint = "" if "libtpu" not in reason.lower() else " (pip install libtpu)"
-            raise ValueError(f"topology = {self.name!r}: libtpu cannot describe it{hint}: {reason}") from error
+            missing = "libtpu" in reason.lower() if tpu else not self.compilable
+            hint = f" (pip install {package})" if missing else ""
+            raise ValueError(f"topology = {self.name!r}: {compiler} cannot describe it{hint}: {reason}") from error
+
+    def hosts(self) -> str:
+        """GPUs as JAX's CUDA plugin counts them: slices x machines x GPUs of a machine."""
+        machine = math.gcd(self.devices, self.chip.machine or self.devices)
+        return f"1x{self.devices // machine}x{machine}"
+
+    def target_config(self) -> str:
+        """What XLA wants to know of a Hopper GPU, as the text of its GpuTargetConfigProto."""
+        device = {
+            "threads_per_block_limit": 1024,
+            "threads_per_warp": 32,
+            "shared_memory_per_block": 48 << 10,
+            "shared_memory_per_core": 228 << 10,
+            "shared_memory_per_block_optin": 227 << 10,
+            "threads_per_core_limit": 2048,
+            "core_count": 132,
+            "fpus_per_core": 128,
+            "registers_per_core_limit": 1 << 16,
+            "registers_per_block_limit": 1 << 16,
+            "block_dim_limit_x": (1 << 31) - 1,
+            "block_dim_limit_y": (1 << 16) - 1,
+            "block_dim_limit_z": (1 << 16) - 1,
+            "memory_bandwidth": int(self.chip.memory_rate),
+            "device_memory_size": int(self.chip.memory_bytes),
+            "l2_cache_size": 50 << 20,
+            "clock_rate_ghz": 1.98,
+        }
+        fields = " ".join(f"{name}: {value}" for name, value in device.items())
+        return (
+            f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: 9 }} }} "
+            f'platform_name: "CUDA" dnn_version_info {{ major: 9 }} device_description_str: "{self.chip.kind}"'
+        )
 
 
 def topology(name: str) -> Topology:
