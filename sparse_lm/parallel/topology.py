@@ -82,14 +82,16 @@ class Topology:
         from jax.experimental import topologies
 
         tpu = self.chip.platform == "tpu"
-        compiler, package = ("libtpu", "libtpu") if tpu else ("JAX's CUDA plugin", "jax[cuda13]")
+        compiler = "libtpu" if tpu else "JAX's CUDA plugin"
         options = {} if tpu else {"target_config": self.target_config(), "topology": self.hosts()}
         try:
             return list(topologies.get_topology_desc(self.name, platform=self.chip.platform, **options).devices)
         except (RuntimeError, NotImplementedError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            missing = "libtpu" in reason.lower() if tpu else not self.compilable
-            hint = f" (pip install {package})" if missing else ""
+            if tpu:
+                hint = " (pip install libtpu)" if "libtpu" in reason.lower() else ""
+            else:
+                hint = " (set JAX_PLATFORMS=cpu)" if self.compilable else " (pip install jax[cuda13])"
             raise ValueError(f"topology = {self.name!r}: {compiler} cannot describe it{hint}: {reason}") from error
 
     def hosts(self) -> str:
