@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
             "parts",
             "torch BSR",
         ),
-        ("tune", tune, ["block_sparse", "grouped", "all"], "candidates", "0.5 product_transposed"),
+        ("tune", tune, ["block_sparse", "grouped", "all"], "candidates", "8192x8192 0.5 product_transposed"),
     ):
         command = commands.add_parser(name, help=function.__doc__)
         command.add_argument("--op", choices=operations, default="all", help="which operations")

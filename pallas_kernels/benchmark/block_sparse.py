@@ -62,6 +62,7 @@ GPU_CASES = (
     + [Case(*SQUARE, 128, d, dtype="float16") for d in (0.25,)]
 )
 SOME_GPU_CASES = [Case(*SQUARE, 128, d) for d in (0.5, 0.25, 0.1)] + [Case(*SQUARE, 64, 0.1)]  # of a second backend
+TUNED_CASES = [Case(*SQUARE, 128, d) for d in DENSITIES[::-1]] + [Case(*OTHER_SHAPES[2], 128, d) for d in (0.1, 0.05)]
 CPU_CASES = [Case(2048, 2048, 2048, block, 0.1, balanced=False, dtype="float32") for block in (64, 128)]
 
 
@@ -375,22 +376,22 @@ def candidates() -> dict[str, tuple]:
 
 
 def tune(json_path: str | None = None, only: str = "") -> list[dict]:
-    """Times every candidate tiling at each density class of the square shape; what ``tuned_tiles.py`` is made from.
+    """Times every candidate tiling for tiles of 128 steps down to 2; what ``tuned_tiles.py`` is made from.
 
     Args:
         json_path: Where the numbers go; None prints only.
-        only: Candidates in whose name, for example "0.5 product_transposed width 4 swapped 4 stages", this regular expression is found.
+        only: Candidates in whose name, for example "8192x8192 0.5 product_transposed width 4 swapped 4 stages", this regular expression is found.
 
     Raises:
         NoneChosenError: it is found in none.
     """
     from pallas_kernels.block_sparse_matmul import mosaic_gpu
 
-    every = {f"{d} {name}": (d, *of) for d in DENSITIES[::-1] for name, of in candidates().items()}
+    pairs = itertools.product(TUNED_CASES, candidates().items())
+    every = {f"{case.k}x{case.n} {case.density} {name}": (case, *of) for case, (name, of) in pairs}
     picked, report = chosen(every, only), []
-    for density, names in itertools.groupby(picked, key=lambda name: picked[name][0]):
+    for case, names in itertools.groupby(picked, key=lambda name: picked[name][0]):
         tiles = {name: picked[name][1:] for name in names}
-        case = Case(*SQUARE, 128, density)
         x, dy = random(1, (1, case.m, case.k), jnp.bfloat16), random(2, (1, case.m, case.n), jnp.bfloat16)
         topology = jax.tree.map(lambda a: a[None], topology_from_mask(make_mask(case), case.block, case.block))
         values = random(3, (1, topology.blocks, case.block, case.block), jnp.bfloat16, 0.02)
@@ -407,7 +408,8 @@ def tune(json_path: str | None = None, only: str = "") -> list[dict]:
             operation, tile = tiles[name]
             print(f"{name}: {timing.median * 1e3:.4f} ms, spread {timing.spread:.2f}", flush=True)
             numbers = {"ms": timing.median * 1e3, "spread": timing.spread}
-            report.append({"operation": operation, "density": density, "tile": dataclasses.asdict(tile), **numbers})
+            shape = {"m": case.m, "k": case.k, "n": case.n, "density": case.density}
+            report.append({"operation": operation, **shape, "tile": dataclasses.asdict(tile), **numbers})
     if json_path:
         pathlib.Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
     return report

@@ -8,7 +8,8 @@ INFINITE = 1 << 30
 
 H100: dict[str, list[tuple[int, dict]]] = {
     "product": [
-        (8, {"width": 2, "stages": 3, "stores": 4, "swapped": False}),
+        (4, {"width": 1, "stages": 3, "stores": 4, "swapped": True}),
+        (8, {"width": 2, "swapped": True}),
         (INFINITE, {"width": 4, "swapped": True}),
     ],
     "product_transposed": [
