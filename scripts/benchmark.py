@@ -76,12 +76,12 @@ def kernels(options: argparse.Namespace) -> None:
 
 def tune(options: argparse.Namespace) -> None:
     """Times every candidate tiling of the operations named by --op."""
-    from pallas_kernels.benchmark import block_sparse, grouped
     from pallas_kernels.benchmark.timing import has_device_timer
+    from pallas_kernels.benchmark.tuning import tune_block_sparse, tune_grouped
 
     if not has_device_timer():
         sys.exit("benchmark.py tune: needs a CUDA GPU, JAX sees none here")
-    tuners, alone = {"block_sparse": block_sparse.tune, "grouped": grouped.tune}, options.op != "all"
+    tuners, alone = {"block_sparse": tune_block_sparse, "grouped": tune_grouped}, options.op != "all"
 
     def run(operation: str) -> None:
         tuners[operation](_beside(options.json, operation, alone), options.only)

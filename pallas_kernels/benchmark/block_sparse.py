@@ -1,7 +1,6 @@
 """Times the block-sparse products against dense products, the roofline and PyTorch's BSR linear.
 
     python scripts/benchmark.py kernels --op block_sparse        the table, as text and JSON, and the picture
-    python scripts/benchmark.py tune                             every candidate tiling; prints the table of tunings
 
 On a CPU with several devices (XLA_FLAGS=--xla_force_host_platform_device_count=2: one a core) rows are split over them.
 
@@ -14,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
 from collections.abc import Callable
 
@@ -24,13 +22,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.benchmark.timing import chosen, compile_all, has_device_timer, time_all
+from pallas_kernels.benchmark.peaks import peak
+from pallas_kernels.benchmark.timing import compile_all, has_device_timer, time_all
 from pallas_kernels.block_gradient_norms import block_gradient_norms
 from pallas_kernels.block_sparse_matmul import cost, to_dense, topology_from_mask
 from pallas_kernels.block_sparse_matmul.api import _operation
 
 PRODUCTS = ("forward", "dx", "dvalues")
-PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}  # bf16 FLOP/s, bytes/s of the data sheets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +60,6 @@ GPU_CASES = (
     + [Case(*SQUARE, 128, d, dtype="float16") for d in (0.25,)]
 )
 SOME_GPU_CASES = [Case(*SQUARE, 128, d) for d in (0.5, 0.25, 0.1)] + [Case(*SQUARE, 64, 0.1)]  # of a second backend
-TUNED_CASES = [Case(*SQUARE, 128, d) for d in DENSITIES[::-1]] + [Case(*OTHER_SHAPES[2], 128, d) for d in (0.1, 0.05)]
 CPU_CASES = [Case(2048, 2048, 2048, block, 0.1, balanced=False, dtype="float32") for block in (64, 128)]
 
 
@@ -183,8 +180,7 @@ def measure(case: Case, *, rounds: int = 2, backend: str | None = None) -> list[
     todo |= {f"masked {name}": (whole[name], (x, dy, masked)) for name in ("forward", "dx")}
     timings = time_all(todo, rounds=rounds)
 
-    kind = jax.devices()[0].device_kind
-    peak = next((value for name, value in PEAKS.items() if name in kind), None)
+    peaks = peak()
     dense_flops = 2 * case.m * case.k * case.n
     useful = cost(topology, case.m, dtype.itemsize)
     rows = []
@@ -209,9 +205,9 @@ def measure(case: Case, *, rounds: int = 2, backend: str | None = None) -> list[
             if memory
             else None,
         }
-        if peak:
+        if peaks:
             bytes_moved = case.m * (case.k + case.n) * dtype.itemsize if name == "norms" else useful["bytes"]
-            row["of_roofline"] = max(flops / peak[0], bytes_moved / peak[1]) / timing.median
+            row["of_roofline"] = max(flops / peaks[0], bytes_moved / peaks[1]) / timing.median
         if f"masked {name}" in timings:
             row["speedup_over_masked"] = timings[f"masked {name}"].median / timing.median
         rows.append(row)
@@ -355,61 +351,3 @@ def parts(backend: str | None) -> dict[str, Callable[[], list[dict]]]:
     if gpu and backend is None:
         found["torch BSR"] = functools.partial(torch_bsr, [Case(*SQUARE, 128, d) for d in DENSITIES[1:]])
     return found
-
-
-def candidates() -> dict[str, tuple]:
-    """Every tiling the autotuner tries: name -> (operation, tile)."""
-    from pallas_kernels.block_sparse_matmul.mosaic_gpu_product import ProductTile
-    from pallas_kernels.block_sparse_matmul.mosaic_gpu_sampled import SampledTile
-
-    found: dict[str, tuple] = {}
-    for width, swapped, (stages, stores) in itertools.product((1, 2, 4, 8), (False, True), ((4, 2), (3, 4))):
-        tile = ProductTile(width=width, swapped=swapped, stages=stages, stores=stores)
-        for operation in ("product", "product_transposed"):
-            found[f"{operation} width {width} {'swapped' if swapped else 'straight'} {stages} stages"] = (
-                operation,
-                tile,
-            )
-    for split in (False, True):
-        found[f"sampled_product {'split' if split else 'whole'}"] = ("sampled_product", SampledTile(split=split))
-    return found
-
-
-def tune(json_path: str | None = None, only: str = "") -> list[dict]:
-    """Times every candidate tiling for tiles of 128 steps down to 2; what ``tuned_tiles.py`` is made from.
-
-    Args:
-        json_path: Where the numbers go; None prints only.
-        only: Candidates in whose name, for example "8192x8192 0.5 product_transposed width 4 swapped 4 stages", this regular expression is found.
-
-    Raises:
-        NoneChosenError: it is found in none.
-    """
-    from pallas_kernels.block_sparse_matmul import mosaic_gpu
-
-    pairs = itertools.product(TUNED_CASES, candidates().items())
-    every = {f"{case.k}x{case.n} {case.density} {name}": (case, *of) for case, (name, of) in pairs}
-    picked, report = chosen(every, only), []
-    for case, names in itertools.groupby(picked, key=lambda name: picked[name][0]):
-        tiles = {name: picked[name][1:] for name in names}
-        x, dy = random(1, (1, case.m, case.k), jnp.bfloat16), random(2, (1, case.m, case.n), jnp.bfloat16)
-        topology = jax.tree.map(lambda a: a[None], topology_from_mask(make_mask(case), case.block, case.block))
-        values = random(3, (1, topology.blocks, case.block, case.block), jnp.bfloat16, 0.02)
-        operands = {"product": (x, values), "product_transposed": (dy, values), "sampled_product": (x, dy)}
-        jobs = {}
-        for name, (operation, tile) in tiles.items():
-            function = functools.partial(getattr(mosaic_gpu, operation), tile=tile)
-            jobs[name] = (function, (*operands[operation], topology))
-        compiled, failed = compile_all(jobs)
-        for name, message in failed.items():
-            print("FAILED", name, message)
-        timings = time_all({name: (compiled[name], jobs[name][1]) for name in compiled}, rounds=2)
-        for name, timing in sorted(timings.items(), key=lambda item: (tiles[item[0]][0], item[1].median)):
-            operation, tile = tiles[name]
-            print(f"{name}: {timing.median * 1e3:.4f} ms, spread {timing.spread:.2f}", flush=True)
-            numbers = {"ms": timing.median * 1e3, "spread": timing.spread}
-            shape = {"m": case.m, "k": case.k, "n": case.n, "density": case.density}
-            report.append({"operation": operation, **shape, "tile": dataclasses.asdict(tile), **numbers})
-    if json_path:
-        pathlib.Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
-    return report

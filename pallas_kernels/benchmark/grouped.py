@@ -1,19 +1,14 @@
 """Times the grouped products against dense products of equal FLOPs, `torch._grouped_mm`, `lax.ragged_dot` and the roofline.
 
     python scripts/benchmark.py kernels --op grouped          all shapes, uniform and Zipf groups
-    python scripts/benchmark.py tune --op grouped             every tile candidate of every product: the autotuner
-    python -m pallas_kernels.benchmark.grouped check          values on this device, ragged groups, poisoned memory
 
 Times are of full device queues, the same loop for every library, in turn in one process; CUPTI's sum of kernel times stands beside them. Weights and rows are fully random (zeros run faster). Legend: A rows, E experts, K, N dims.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
-import itertools
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -22,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.benchmark.timing import chosen, compile_all, has_device_timer, time_all
-from pallas_kernels.grouped_matmul import grouped_matmul, reference
-from pallas_kernels.grouped_matmul import groups as row_groups
+from pallas_kernels.benchmark.peaks import peak
+from pallas_kernels.benchmark.timing import compile_all, has_device_timer, time_all
+from pallas_kernels.grouped_matmul import grouped_matmul
 
 SHAPES = {
     "E8": (65536, 4096, 14336, 8),
@@ -33,7 +28,6 @@ SHAPES = {
     "cpu": (65536, 512, 1024, 64),
 }
 MOST_TEMPORARY_BYTES = 30e9  # a product that asks for more is not run
-PEAK = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}  # bf16 FLOP/s and bytes/s of the data sheets
 
 
 def sizes_of(skew: str, rows: int, experts: int) -> np.ndarray:
@@ -140,45 +134,12 @@ def queue_seconds(function, arguments, synchronize, least: float = 0.03) -> floa
     return (time.perf_counter() - begin) / calls
 
 
-def candidates():
-    """Tile sizes the autotuner tries: name -> (product tiles, weight tiles)."""
-    from pallas_kernels.grouped_matmul.mosaic_gpu_product import ProductTiles
-    from pallas_kernels.grouped_matmul.mosaic_gpu_weight import WeightTiles
-
-    found = {}
-    tiles = ((128, 256, 0), (128, 256, 8), (256, 128, 0), (256, 128, 8))
-    orders = ((0, 8), (1, 4), (0, 32))
-    for (bm, bn, life), (minor, width) in itertools.product(tiles, orders):
-        order = {"minor": minor, "width": width}
-        product_tiles = None if life else ProductTiles(bm, bn, **order)  # only the weight gradient has lives
-        found[f"{bm}x{bn} minor{minor} width{width} life{life}"] = (
-            product_tiles,
-            WeightTiles(bm, bn, **order, life=life),
-        )
-    return found
-
-
-def tile_functions(product_tiles, weight_tiles):
-    """The three products by the Hopper kernels with given tiles."""
-    from pallas_kernels.grouped_matmul.mosaic_gpu_product import grouped_product
-    from pallas_kernels.grouped_matmul.mosaic_gpu_weight import grouped_weight_gradient
-
-    ctas = jax.devices()[0].core_count
-    of = row_groups.contiguous
-    found = {"dw": lambda x, w, dy, s: grouped_weight_gradient(x, dy, of(s), tiles=weight_tiles, ctas=ctas)}
-    if product_tiles is not None:
-        options = {"tiles": product_tiles, "ctas": ctas}
-        found["forward"] = lambda x, w, dy, s: grouped_product((x,), (w,), of(s), **options)[0]
-        found["dx"] = lambda x, w, dy, s: grouped_product((dy,), (w,), of(s), transpose=True, **options)[0]
-    return found
-
-
 def roofline(shape: str, itemsize: int) -> float:
     """Seconds: the larger of FLOPs over peak and bytes over bandwidth; 0 on devices without an entry."""
     rows, inner, outer, experts = SHAPES[shape]
-    peak = next((p for kind, p in PEAK.items() if kind in jax.devices()[0].device_kind), None)
+    peaks = peak()
     moved = itemsize * (rows * inner + rows * outer + experts * inner * outer)
-    return max(2 * rows * inner * outer / peak[0], moved / peak[1]) if peak else 0.0
+    return max(2 * rows * inner * outer / peaks[0], moved / peaks[1]) if peaks else 0.0
 
 
 def queue_times(ready, problem_arguments, rounds: int):
@@ -311,70 +272,3 @@ def draw(report, path: pathlib.Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     print(f"wrote {path}")
-
-
-def check(functions, seed: int = 0):
-    """Relative error against float32 products per group on ragged sizes (odd, empty, sum below the rows), memory poisoned before."""
-    rows, inner, outer = 4096, 512, 768
-    keys = jax.random.split(jax.random.key(seed), 3)
-    x, dy = (jax.random.normal(k, (rows, n), jnp.bfloat16) for k, n in zip(keys, (inner, outer)))
-    w = (jax.random.normal(keys[2], (8, inner, outer)) * 0.05).astype(jnp.bfloat16)
-    for sizes in ([512] * 8, [1, 0, 1003, 7, 0, 2048, 129, 500], [0, 0, 0, 4000, 0, 0, 0, 0], [0] * 8):
-        s = jnp.array(sizes, jnp.int32)
-        bad_x, bad_dy = (a.at[sum(sizes) :].set(jnp.nan) for a in (x, dy))
-        groups = row_groups.contiguous(s)
-        clean_x, clean_dy = (jnp.where(jnp.isnan(a), 0, a) for a in (bad_x, bad_dy))
-        wanted = {
-            "forward": reference.product(clean_x, w, groups, None, None, transpose=False, output_rows=rows),
-            "dx": reference.product(clean_dy, w, groups, None, None, transpose=True, output_rows=rows),
-            "dw": reference.weight_gradient(clean_x, clean_dy, groups, None, None),
-        }
-        for label, group in functions.items():
-            for name, f in group.items():
-                poison = [jnp.full((rows, outer), jnp.nan, jnp.bfloat16) for _ in range(8)]
-                jax.block_until_ready(poison)
-                del poison
-                first, second = (np.asarray(jax.jit(f)(bad_x, w, bad_dy, s), np.float32) for _ in range(2))
-                target = np.asarray(wanted[name], np.float32)
-                error = np.linalg.norm(first - target) / max(np.linalg.norm(target), 1e-30)
-                verdict = "ok" if error <= 2.5e-3 and np.array_equal(first, second) else "WRONG"
-                print(
-                    f"check {label:26s} {name:8s} {str(sizes):50s} error {error:.1e} same bits {np.array_equal(first, second)} {verdict}",
-                    flush=True,
-                )
-
-
-def tune(json_path: str | None = None, only: str = "") -> None:
-    """Times every tile candidate of every product; what `tiles.py` is made from.
-
-    Args:
-        json_path: Where the numbers go; None prints only.
-        only: Candidates in whose name, for example "E64 128x256 minor1 width4 life8", this regular expression is found.
-
-    Raises:
-        NoneChosenError: it is found in none.
-    """
-    pairs = itertools.product(("E64", "E128", "E8"), candidates().items())
-    every = {f"{shape} {name}": (shape, name, of) for shape, (name, of) in pairs}
-    picked, report = chosen(every, only), []
-    for shape, names in itertools.groupby(picked, key=lambda name: picked[name][0]):
-        functions = {label: tile_functions(*of) for _, label, of in (picked[name] for name in names)}
-        found = measure(shape, ("uniform", "zipf"), functions, jnp.bfloat16, 2)
-        show(found)
-        report += found
-    if json_path:
-        pathlib.Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
-
-
-def main(argv=None):
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["check"])
-    parser.add_argument("--backend", default=None, help="of the functions labelled ours")
-    args = parser.parse_args(argv)
-    tiles = candidates() if has_device_timer() and args.backend is None else {}
-    check({"ours": products(args.backend)} | {n: tile_functions(*t) for n, t in tiles.items()})
-
-
-if __name__ == "__main__":
-    main()

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.backend import jax_version
-from pallas_kernels.benchmark import block_sparse, feed_forward, fused, grouped, parts
-from pallas_kernels.benchmark.timing import NoneChosenError, chosen
+from pallas_kernels.benchmark import block_sparse, feed_forward, fused, grouped, parts, tuning
+from pallas_kernels.benchmark.grouped_check import check
+from pallas_kernels.benchmark.timing import NoneChosenError, Timing, chosen
+from pallas_kernels.benchmark.tuning import block_sparse_candidates, grouped_candidates, tune_block_sparse
 from pallas_kernels.block_sparse_matmul import tuned_tiles
 from pallas_kernels.grouped_matmul import grouped_feed_forward
 
@@ -125,10 +127,38 @@ def test_candidates_hold_the_tilings_in_use():
     from pallas_kernels.block_sparse_matmul.mosaic_gpu_sampled import SampledTile
     from pallas_kernels.grouped_matmul.tiles import product_tiles, weight_tiles
 
-    tiles = list(block_sparse.candidates().values())
+    tiles = list(block_sparse_candidates().values())
     for operation, classes in tuned_tiles.H100.items():
         kind = SampledTile if operation == "sampled_product" else ProductTile
         assert all((operation, kind(**fields)) in tiles for _, fields in classes), operation
-    of_weights = [weight for _, weight in grouped.candidates().values()]
+    of_weights = [weight for _, weight in grouped_candidates().values()]
     assert all(weight_tiles("NVIDIA H200", 2048, 1024, by_index) in of_weights for by_index in (False, True))
-    assert product_tiles("NVIDIA H200", 65536, 2048, 1024) in [product for product, _ in grouped.candidates().values()]
+    assert product_tiles("NVIDIA H200", 65536, 2048, 1024) in [product for product, _ in grouped_candidates().values()]
+
+
+def test_the_check_of_grouped_products_tells_right_from_wrong(capsys):
+    forward = grouped.products(None)["forward"]
+    assert check({"right": {"forward": forward}})
+    assert not check({"wrong": {"forward": lambda *operands: forward(*operands) * 1.01}})
+    verdicts = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    # The last groups have no rows, where every product is zeros, wrong by a factor or not.
+    assert verdicts == ["ok", "ok", "ok", "ok", "WRONG", "WRONG", "WRONG", "ok"]
+
+
+@pytest.mark.skipif(jax_version() < (0, 11, 0), reason="the Hopper kernels need JAX 0.11")
+def test_the_autotuner_times_the_candidates_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tuning, "BLOCK_SPARSE_CASES", [block_sparse.Case(256, 256, 256, 128, 0.5)])
+    monkeypatch.setattr(tuning, "compile_all", lambda jobs: ({name: job[0] for name, job in jobs.items()}, {}))
+    seconds = {"product width 1 straight 3 stages": 2e-3, "product width 1 swapped 3 stages": 1e-3}
+
+    def time_all(todo, rounds):
+        return {name: Timing(*[seconds[name.removeprefix("256x256 0.5 ")]] * 3, rounds) for name in todo}
+
+    monkeypatch.setattr(tuning, "time_all", time_all)
+    found = tune_block_sparse(str(tmp_path / "tune.json"), "0.5 product width 1 .* 3 stages")
+    assert json.loads((tmp_path / "tune.json").read_text()) == found
+    assert [(row["m"], row["density"], row["tile"]["swapped"], row["ms"]) for row in found] == [
+        (256, 0.5, True, 1.0),
+        (256, 0.5, False, 2.0),
+    ]
+    assert capsys.readouterr().out.startswith("256x256 0.5 product width 1 swapped 3 stages: 1.0000 ms")
