@@ -20,7 +20,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_sparse_matmul.reference import block_columns_of
 from pallas_kernels.block_sparse_matmul.topology import BlockTopology
 
 ROWS = 1024  # rows of an output tile
@@ -150,8 +149,8 @@ def sampled_product(x_EMK, dy_EMN, topology: BlockTopology, interpret: bool = Fa
     x, dy = _pad_rows(x_EMK, rows), _pad_rows(dy_EMN, rows)
 
     def one_expert(arguments):
-        x_MK, dy_MN, row, start = arguments
-        lists = jnp.stack([row, block_columns_of(start, row.shape[0])])
+        x_MK, dy_MN, row, column = arguments
+        lists = jnp.stack([row, column])
         return pl.pallas_call(
             functools.partial(_sampled_kernel, precision=_precision(x_MK.dtype)),
             out_shape=jax.ShapeDtypeStruct((topology.blocks, block_in, block_out), x_MK.dtype),
@@ -169,7 +168,7 @@ def sampled_product(x_EMK, dy_EMN, topology: BlockTopology, interpret: bool = Fa
             interpret=interpret,
         )(lists, x_MK, dy_MN)
 
-    arguments = (x, dy, topology.row_index, topology.column_start)
+    arguments = (x, dy, topology.row_index, topology.block_column)
     if x.shape[0] == 1:
         return one_expert(jax.tree.map(lambda a: a[0], arguments))[None]
     return lax.map(one_expert, arguments)

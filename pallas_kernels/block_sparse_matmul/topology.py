@@ -91,6 +91,19 @@ class BlockTopology:
         return tuple(self.row_index.shape[:-1])
 
     @property
+    def block_column(self) -> jax.Array:
+        """int32 [J], block column of each stored block; batch dimensions are kept."""
+        slots = jnp.arange(self.blocks, dtype=jnp.int32)
+        found = jnp.vectorize(lambda start: jnp.searchsorted(start, slots, side="right"), signature="(c)->(j)")
+        return found(self.column_start).astype(jnp.int32) - 1
+
+    @property
+    def geometry(self) -> dict[str, int]:
+        """The static fields, as `topology_from_indices` takes them."""
+        names = ("features_in", "features_out", "block_in", "block_out")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def density(self) -> float:
         """Fraction of blocks that exist."""
         return self.blocks / max(1, self.block_rows * self.block_columns)
@@ -283,82 +296,15 @@ def edit_topology(
         Values and optimizer moments follow by ``jnp.where(source[:, None, None] < 0, fresh, old[source])``.
     """
     blocks = topology.row_index.shape[-1]
-    column = jnp.searchsorted(topology.column_start, jnp.arange(blocks, dtype=jnp.int32), side="right") - 1
     row = topology.row_index.at[drop].set(jnp.asarray(row_index, jnp.int32))
-    column = column.astype(jnp.int32).at[drop].set(jnp.asarray(block_column, jnp.int32))
+    column = topology.block_column.at[drop].set(jnp.asarray(block_column, jnp.int32))
     new, order = topology_from_indices(
         row,
         column,
-        features_in=topology.features_in,
-        features_out=topology.features_out,
-        block_in=topology.block_in,
-        block_out=topology.block_out,
+        **topology.geometry,
     )
     is_new = jnp.zeros((blocks,), bool).at[drop].set(True)
     return new, jnp.where(is_new[order], -1, order)
-
-
-def dense_mask(topology: BlockTopology, elements: bool = False) -> jax.Array:
-    """Renders the pattern as a bool array.
-
-    Args:
-        topology: Any topology; batch dimensions are kept.
-        elements: One entry per weight, [..., K, N], instead of one per block, [..., R, C].
-
-    Returns:
-        True where a block exists.
-    """
-    if topology.batch_shape:
-        return jax.vmap(functools.partial(dense_mask, elements=elements))(topology)
-    slots = jnp.arange(topology.blocks, dtype=jnp.int32)
-    column = jnp.searchsorted(topology.column_start, slots, side="right") - 1
-    mask = jnp.zeros((topology.block_rows, topology.block_columns), bool).at[topology.row_index, column].set(True)
-    if elements:
-        mask = jnp.repeat(jnp.repeat(mask, topology.block_in, axis=0), topology.block_out, axis=1)
-    return mask
-
-
-def from_dense(
-    dense: jax.Array, block_in: int, block_out: int, mask: np.ndarray | None = None
-) -> tuple[jax.Array, BlockTopology]:
-    """Packs a dense matrix; runs outside jit.
-
-    Args:
-        dense: [K, N].
-        block_in: Rows of a block.
-        block_out: Columns of a block.
-        mask: bool [R, C], the blocks to keep; None keeps every block with a nonzero in it.
-
-    Returns:
-        values [J, block_in, block_out] and the topology.
-
-    Raises:
-        ValueError: `dense` is no matrix, its blocks do not tile it, or `mask` has another shape.
-    """
-    if dense.ndim != 2:
-        raise ValueError(f"dense has shape {dense.shape}: expected [features_in, features_out].")
-    check_geometry(dense.shape[0], dense.shape[1], block_in, block_out)
-    rows, columns = dense.shape[0] // block_in, dense.shape[1] // block_out
-    blocks_RCkn = jnp.asarray(dense).reshape(rows, block_in, columns, block_out).transpose(0, 2, 1, 3)
-    if mask is None:
-        mask = np.asarray((blocks_RCkn != 0).any((2, 3)))
-    mask = np.asarray(mask)
-    if mask.shape != (rows, columns):
-        raise ValueError(f"mask has shape {mask.shape}: expected {(rows, columns)}, one entry per block.")
-    topology = topology_from_mask(mask, block_in, block_out)
-    column, row = np.nonzero(mask.T)
-    return blocks_RCkn[row, column], topology
-
-
-def to_dense(values: jax.Array, topology: BlockTopology) -> jax.Array:
-    """Unpacks values [*experts, J, block_in, block_out] into [*experts, K, N], zeros where no block exists."""
-    if values.ndim == 4:
-        return jax.vmap(to_dense, in_axes=(0, 0 if topology.batch_shape else None))(values, topology)
-    slots = jnp.arange(topology.blocks, dtype=jnp.int32)
-    column = jnp.searchsorted(topology.column_start, slots, side="right") - 1
-    blocks = jnp.zeros((topology.block_rows, topology.block_columns, *values.shape[1:]), values.dtype)
-    blocks = blocks.at[topology.row_index, column].set(values)
-    return blocks.transpose(0, 2, 1, 3).reshape(topology.features_in, topology.features_out)
 
 
 def cost(topology: BlockTopology, rows: int, itemsize: int = 2) -> dict[str, int]:
@@ -376,12 +322,6 @@ def cost(topology: BlockTopology, rows: int, itemsize: int = 2) -> dict[str, int
     weights = topology.blocks * topology.block_in * topology.block_out
     activations = rows * (topology.features_in + topology.features_out)
     return {"flops": experts * 2 * rows * weights, "bytes": experts * (weights + activations) * itemsize}
-
-
-def picture(topology: BlockTopology, width: int = 64) -> str:
-    """Draws the pattern of one matrix in text: '#' for a block, '.' for none; at most `width` blocks each way."""
-    mask = np.asarray(dense_mask(topology))[:width, :width]
-    return "\n".join("".join("#" if block else "." for block in row) for row in mask)
 
 
 def check_topology(topology: BlockTopology) -> None:
@@ -412,10 +352,7 @@ def check_topology(topology: BlockTopology) -> None:
     expected, _ = topology_from_indices(
         row,
         column,
-        features_in=topology.features_in,
-        features_out=topology.features_out,
-        block_in=topology.block_in,
-        block_out=topology.block_out,
+        **topology.geometry,
     )
     for field in dataclasses.fields(topology):
         found, wanted = getattr(topology, field.name), getattr(expected, field.name)

@@ -8,7 +8,6 @@ from jax import lax
 
 from pallas_kernels import triton_call
 from pallas_kernels.backend import Dtypes, Shapes
-from pallas_kernels.block_sparse_matmul.reference import block_columns_of
 from pallas_kernels.block_sparse_matmul.topology import BlockTopology
 
 BLOCKS = (16, 32, 64, 128)
@@ -85,14 +84,13 @@ def sampled_product(x_EMK: jax.Array, dy_EMN: jax.Array, topology: BlockTopology
     from pallas_kernels.block_sparse_matmul import triton_kernels
 
     experts, m, k = x_EMK.shape
-    column_EJ = jax.vmap(lambda start: block_columns_of(start, topology.blocks))(topology.column_start)
     block = topology.block_in, topology.block_out
     return triton_call.call(
         triton_kernels.block_sampled_product,
         x_EMK,
         dy_EMN,
         topology.row_index,
-        column_EJ,
+        topology.block_column,
         out_shape=jax.ShapeDtypeStruct((experts, topology.blocks, *block), x_EMK.dtype),
         grid=(topology.blocks, experts),
         num_warps=8 if min(block) == 128 else 4,

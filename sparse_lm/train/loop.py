@@ -23,7 +23,8 @@ from sparse_lm.data.pipeline import prepare, stream_identity, train_stream
 from sparse_lm.memory.device_tables import DeviceTables, Tables
 from sparse_lm.memory.diagnostics import memory_row
 from sparse_lm.model.cudnn_attention import documents_bucket
-from sparse_lm.parallel.distributed import RESUMABLE, Cluster
+from sparse_lm.parallel.distributed import Cluster
+from sparse_lm.parallel.watchdog import RESUMABLE
 from sparse_lm.recipe import SCHEMA, Recipe
 from sparse_lm.routing.diagnostics import RouterWatch, router_row
 from sparse_lm.train import machine

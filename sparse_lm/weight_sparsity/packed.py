@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_matmul.topology import dense_mask
+from pallas_kernels.block_sparse_matmul import dense_mask
 from sparse_lm.config import ConfigError, component
 from sparse_lm.layers.tree_paths import flatten, role
 from sparse_lm.weight_sparsity import learned_permutation

@@ -72,16 +72,10 @@ class MagnitudeBlocks(BlockAlgorithm):
     reads: ClassVar[str] = "companion"
 
 
-def block_columns(topology: BlockTopology) -> jax.Array:
-    """Returns the block column of every stored block, int32 [J]."""
-    slots = jnp.arange(topology.row_index.shape[-1], dtype=jnp.int32)
-    return jnp.searchsorted(topology.column_start, slots, side="right").astype(jnp.int32) - 1
-
-
 def on_grid(of_blocks_J: jax.Array, topology: BlockTopology, fill: float | int) -> jax.Array:
     """Returns a number of each stored block at its place, [R, C], and `fill` elsewhere."""
     grid = jnp.full((topology.block_rows, topology.block_columns), fill, of_blocks_J.dtype)
-    return grid.at[topology.row_index, block_columns(topology)].set(of_blocks_J, unique_indices=True)
+    return grid.at[topology.row_index, topology.block_column].set(of_blocks_J, unique_indices=True)
 
 
 def next_mask(
@@ -117,7 +111,7 @@ def change_topology(
     mask_RC = slot_RC >= 0
     after_RC = next_mask(mask_RC, on_grid(norm_J, topology, 0.0), score_RC, count, pattern)
     new = pattern.topology(after_RC)
-    return new, slot_RC[new.row_index, block_columns(new)], mask_RC, after_RC
+    return new, slot_RC[new.row_index, new.block_column], mask_RC, after_RC
 
 
 def moved(blocks_Jbb: jax.Array, source_J: jax.Array) -> jax.Array:

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from sparse_lm.config import ConfigError, validate
-from sparse_lm.parallel.distributed import Cluster, Distributed, Judge, join
+from sparse_lm.parallel.distributed import Cluster, Distributed, join
+from sparse_lm.parallel.watchdog import Judge
 
 
 def sign(beat: int, progress: int, activity: str = "step") -> str:

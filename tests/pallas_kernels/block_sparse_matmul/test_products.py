@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.block_sparse_matmul import block_sparse_matmul, to_dense, topology_from_mask
-from pallas_kernels.block_sparse_matmul.reference import gather_blocks
+from pallas_kernels.block_sparse_matmul.dense_form import gather_blocks
 
 TOLERANCE = {jnp.float32: 1e-6, jnp.bfloat16: 2.5e-3, jnp.float16: 2.5e-3}
 
