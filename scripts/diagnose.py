@@ -11,7 +11,7 @@ from sparse_lm.evaluate.load import open_run
 from sparse_lm.evaluate.routing_analysis import Analyst, analyse
 from sparse_lm.evaluate.routing_page import write_page
 from sparse_lm.recipe import load_recipe
-from sparse_lm.train.checkpoint import CheckpointError
+from sparse_lm.train.checkpoint_reader import CheckpointError
 
 
 def main() -> int:

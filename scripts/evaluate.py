@@ -11,7 +11,7 @@ from sparse_lm.evaluate.compression import PRIMING_BYTES
 from sparse_lm.evaluate.load import open_run
 from sparse_lm.evaluate.perplexity import chosen_domains
 from sparse_lm.recipe import load_recipe
-from sparse_lm.train.checkpoint import CheckpointError
+from sparse_lm.train.checkpoint_reader import CheckpointError
 
 
 def main() -> int:

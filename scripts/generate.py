@@ -8,7 +8,7 @@ from experiments import command_line
 from sparse_lm.evaluate.generate import Generator, Sampling, encode_prompt, stable_text
 from sparse_lm.evaluate.load import Loaded, open_run
 from sparse_lm.recipe import load_recipe
-from sparse_lm.train.checkpoint import CheckpointError
+from sparse_lm.train.checkpoint_reader import CheckpointError
 
 
 def main() -> int:

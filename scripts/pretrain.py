@@ -6,7 +6,7 @@ import sys
 from experiments import command_line
 from sparse_lm.evaluate.finish import finish
 from sparse_lm.parallel.distributed import join
-from sparse_lm.train.checkpoint import CheckpointError
+from sparse_lm.train.checkpoint_reader import CheckpointError
 from sparse_lm.train.loop import TrainingDiverged, train
 
 

@@ -78,7 +78,7 @@ def main(child: Child) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     from sparse_lm.parallel.distributed import join
-    from sparse_lm.train.checkpoint import CheckpointError
+    from sparse_lm.train.checkpoint_reader import CheckpointError
     from sparse_lm.train.loop import TrainingDiverged, train
 
     if child.hook:

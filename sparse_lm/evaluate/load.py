@@ -13,7 +13,8 @@ from sparse_lm.layers.parameter import map_leaves
 from sparse_lm.memory.host_array import HostArray
 from sparse_lm.model.definition import Definition, define, with_classes
 from sparse_lm.recipe import Recipe, load_recipe
-from sparse_lm.train.checkpoint import CheckpointError, checkpoint_directory, read_checkpoint
+from sparse_lm.train.checkpoint import checkpoint_directory
+from sparse_lm.train.checkpoint_reader import CheckpointError, read_checkpoint
 from sparse_lm.train.population import Population
 from sparse_lm.train.session import check_addresses
 from sparse_lm.train.state import stack, with_tables

@@ -11,9 +11,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
-import os
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +25,21 @@ from orbax.checkpoint import options as orbax_options
 
 from sparse_lm.config import Config
 from sparse_lm.layers.parameter import RUN_KEY, map_leaves
-from sparse_lm.layers.tree_paths import prune
 from sparse_lm.memory.host_array import HostArray
 from sparse_lm.memory.owners import Owners, mesh_of_memories
 from sparse_lm.parallel.rules import spec_of
 from sparse_lm.train import checkpoint_files
-from sparse_lm.train.checkpoint_arrays import Leaf, aligned, read_leaves
+from sparse_lm.train.checkpoint_arrays import Leaf, aligned
+from sparse_lm.train.checkpoint_reader import (
+    HOST_PARTS,
+    HOST_PATHS,
+    CheckpointError,
+    DamagedCheckpoint,
+    absolute,
+    array_tree,
+    item_handlers,
+    read_arrays,
+)
 from sparse_lm.train.state import TrainState, unrolled
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax warns of each save, and prints what it also raises.
@@ -60,19 +67,6 @@ class Checkpoints(Config):
         self.require(self.keep_last >= 1, "keep_last", "at least 1")
         self.require(self.keep_every is None or self.keep_every >= 1, "keep_every", "None or at least 1")
         self.require(self.keep_best >= 0, "keep_best", "0 or above")
-
-
-HOST_PARTS = ("rows", "slots")
-"""Parts of the tables that may be in host memory."""
-HOST_PATHS = tuple(f"tables.{part}." for part in HOST_PARTS)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message says which and what to do."""
-
-
-class DamagedCheckpoint(CheckpointError):
-    """A checkpoint whose files are all there but cannot be read."""
 
 
 def checkpoint_directory(run_dir: epath.PathLike, config: Checkpoints) -> epath.Path:
@@ -143,8 +137,8 @@ class Checkpointer:
         self._memories = None if owners is None else mesh_of_memories(owners)
         self._dims = without_layers({field.name: getattr(dims, field.name) for field in dataclasses.fields(dims)})
         self._abstract = self._abstract_on_disk()
-        handlers = _handlers(everybody)
-        self._manager = ocp.CheckpointManager(_absolute(directory), options=options, item_handlers=handlers)
+        handlers = item_handlers(everybody)
+        self._manager = ocp.CheckpointManager(absolute(directory), options=options, item_handlers=handlers)
         self._copy = jax.jit(
             lambda state: jax.tree.map(jnp.copy, unrolled(state, self._axis)),
             out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self._devices_part(self._abstract)),
@@ -254,14 +248,14 @@ class Checkpointer:
           CheckpointError: when the checkpoint's leaves are not those of this model, with the paths.
           DamagedCheckpoint: when a file cannot be read.
         """
-        problems = mismatches(self._abstract, _tree(self._manager, step))
+        problems = mismatches(self._abstract, array_tree(self._manager, step))
         if problems:
             raise CheckpointError(
                 f"checkpoint {step} in {self._directory} does not fit this recipe:\n" + "\n".join(problems)
             )
         leaves = _leaves(self._like, shardings, self._axis, self._owners)
         try:
-            state = _read(self._directory, step, leaves)
+            state = read_arrays(self._directory, step, leaves)
             data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
         except jax.errors.JaxRuntimeError:
             raise  # a device failed, for want of memory perhaps: the files are sound
@@ -308,12 +302,6 @@ def _leaves(like: TrainState, shardings: TrainState, axis: int, owners: Owners |
     return {name: walk(getattr(like, name), getattr(shardings, name), (name,), None) for name in fields}
 
 
-def _read(directory: epath.Path, step: int, leaves: Any) -> Any:
-    """Returns the tree with the arrays that its leaves name."""
-    flat, shape = jax.tree.flatten(leaves, is_leaf=lambda node: isinstance(node, Leaf))
-    return jax.tree.unflatten(shape, read_leaves(_absolute(directory) / str(step) / "state", flat))
-
-
 def mismatches(wanted: Any, found: Any) -> list[str]:
     """Lists missing, unexpected and reshaped leaves of a checkpoint by path."""
     shapes: list[dict[str, tuple[int, ...]]] = []
@@ -326,109 +314,3 @@ def mismatches(wanted: Any, found: Any) -> list[str]:
     lines += [f"  unexpected: {path} {have[path]}" for path in sorted(have.keys() - want.keys())]
     both = sorted(want.keys() & have.keys())
     return lines + [f"  reshaped:   {p} {have[p]} -> {want[p]}" for p in both if want[p] != have[p]]
-
-
-class Source(NamedTuple):
-    """A checkpoint read as it is.
-
-    Attributes:
-      step: finished steps.
-      state: nested dicts of arrays with unrolled names.
-      data_state: the data stream's state.
-      recipe: the content of its run's config.json.
-    """
-
-    step: int
-    state: dict[str, Any]
-    data_state: dict[str, Any]
-    recipe: dict[str, Any]
-
-
-def _handlers(processes: orbax_options.MultiprocessingOptions) -> dict[str, Any]:
-    """Returns who reads and writes each item; a manager that has not saved needs them to tell what a checkpoint holds.
-
-    Arrays are stored uncompressed: float32 weights shrink by less than a tenth, and compressing them would make one core the limit of
-    a restore.
-    """
-    arrays = ocp.BasePyTreeCheckpointHandler(use_compression=False, multiprocessing_options=processes)
-    return {
-        "state": ocp.PyTreeCheckpointHandler(handler_impl=arrays, multiprocessing_options=processes),
-        "data": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
-        "recipe": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
-        checkpoint_files.ITEM: checkpoint_files.InventoryHandler(),
-    }
-
-
-def _absolute(directory: epath.Path) -> epath.Path:
-    """Returns a local path made absolute, as Orbax wants it; a remote one as it is."""
-    return directory if "://" in os.fspath(directory) else epath.Path(os.path.abspath(directory))
-
-
-@contextlib.contextmanager
-def _reader(directory: epath.Path) -> Iterator[ocp.CheckpointManager]:
-    """Opens a directory for reading by this process alone, whatever the others do."""
-    alone = orbax_options.MultiprocessingOptions(
-        primary_host=jax.process_index(), active_processes={jax.process_index()}
-    )
-    options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
-    handlers = _handlers(alone)
-    with ocp.CheckpointManager(_absolute(directory), options=options, item_handlers=handlers) as manager:
-        yield manager
-
-
-def saved_recipe(directory: epath.Path, step: int) -> dict[str, Any]:
-    """Returns the content of config.json as it was when a step was saved."""
-    with _reader(directory) as manager:
-        return manager.restore(step, args=ocp.args.Composite(recipe=ocp.args.JsonRestore()))["recipe"]
-
-
-def read_checkpoint(
-    directory: epath.PathLike, step: int | None = None, *, without: tuple[str, ...] = (), on_host: bool = False
-) -> Source:
-    """Reads a checkpoint without knowing its model, onto one device of this process.
-
-    Args:
-      directory: RUN/checkpoints.
-      step: which; None: the newest that is not damaged.
-      without: what is left on disk, by the beginning of its path, such as "opt_state" or "tables.slots".
-      on_host: whether rows and slots of tables are read into host memory, as numpy arrays.
-
-    Raises:
-      CheckpointError: when there is no such checkpoint, or it is damaged.
-    """
-    directory = epath.Path(directory)
-    if not directory.exists():
-        raise CheckpointError(f"{directory} does not exist: no checkpoint to read")
-    finished = sorted(checkpoint_files.step_directories(directory))
-    if step is None:
-        step, notes = checkpoint_files.newest_sound_step(directory, keep_damaged=True)
-        if step is None:
-            raise CheckpointError("\n".join([f"{directory} has no finished checkpoint; finished: none", *notes]))
-    elif step not in finished:
-        raise CheckpointError(f"{directory} has no finished checkpoint {step}; finished: {finished or 'none'}")
-    elif problems := checkpoint_files.damage(directory / str(step)):
-        raise CheckpointError(f"checkpoint {step} is damaged: " + "; ".join(problems))
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    left = tuple(f"{path}." for path in without)
-    with _reader(directory) as manager:
-        items = ocp.args.Composite(data=ocp.args.JsonRestore(), recipe=ocp.args.JsonRestore())
-        restored = manager.restore(step, args=items)
-        found = prune(_tree(manager, step), lambda path: not f"{path}.".startswith(left))
-
-    def leaf(path: str, saved: Any) -> Leaf:
-        where = None if on_host and path.startswith(HOST_PATHS) else device
-        return Leaf((path,), None, tuple(saved.shape), np.dtype(saved.dtype), where)
-
-    try:
-        state = _read(directory, step, map_leaves(leaf, found))
-    except jax.errors.JaxRuntimeError:
-        raise
-    except Exception as error:
-        raise DamagedCheckpoint(f"checkpoint {step} in {directory} cannot be read: {error}") from error
-    return Source(step, state, restored["data"], restored["recipe"])
-
-
-def _tree(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """Returns the nested dict of array metadata of a finished step."""
-    found = manager.item_metadata(step)["state"]
-    return found.tree if hasattr(found, "tree") else found

@@ -19,7 +19,8 @@ from sparse_lm.config import Config
 from sparse_lm.layers.parameter import RUN_KEY, map_leaves
 from sparse_lm.memory.host_array import HostArray
 from sparse_lm.model.definition import Definition
-from sparse_lm.train.checkpoint import CheckpointError, mismatches
+from sparse_lm.train.checkpoint import mismatches
+from sparse_lm.train.checkpoint_reader import CheckpointError
 from sparse_lm.train.state import TrainState, is_empty, rolled, unrolled
 from sparse_lm.weight_sparsity.packing import convert, patterns_of
 from sparse_lm.weight_sparsity.packing import unrolled as unrolled_matrices
@@ -219,7 +220,7 @@ def initialize(fresh: TrainState, source: Tree, transforms: Sequence[Transform],
 
     Args:
       fresh: the run's own initial state.
-      source: state as nested dicts with unrolled names, from `checkpoint.read_checkpoint`.
+      source: state as nested dicts with unrolled names, from `checkpoint_reader.read_checkpoint`.
       transforms: applied to the source in order.
       partial: whether parameters that the source lacks may keep their fresh values.
 

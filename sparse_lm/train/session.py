@@ -26,7 +26,7 @@ from sparse_lm.model.definition import Definition, define, for_documents, with_c
 from sparse_lm.parallel import rules
 from sparse_lm.recipe import Recipe, checkpoints_of_run
 from sparse_lm.routing.experts import MoEFeedForward
-from sparse_lm.train.checkpoint import CheckpointError, read_checkpoint
+from sparse_lm.train.checkpoint_reader import CheckpointError, read_checkpoint
 from sparse_lm.train.initialize import initialize, is_partial, transforms_of
 from sparse_lm.train.population import MEMBERS, member_arrays, over_members
 from sparse_lm.train.state import MASKS, TABLES, TrainState, dims_of, fresh_state, initial_state, member_keys

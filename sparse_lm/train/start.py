@@ -16,8 +16,9 @@ from sparse_lm.data.dataset import Dataset
 from sparse_lm.parallel.distributed import Cluster
 from sparse_lm.recipe import Recipe, differences, recipe_from_json, save_recipe
 from sparse_lm.train import machine
-from sparse_lm.train.checkpoint import Checkpointer, DamagedCheckpoint, saved_recipe
+from sparse_lm.train.checkpoint import Checkpointer
 from sparse_lm.train.checkpoint_files import newest_sound_step, set_aside, step_directories
+from sparse_lm.train.checkpoint_reader import DamagedCheckpoint, saved_recipe
 from sparse_lm.train.progress import Progress
 from sparse_lm.train.session import Session, starting_point
 from sparse_lm.train.state import TrainState

@@ -20,7 +20,8 @@ from sparse_lm.data.pipeline import prepare
 from sparse_lm.evaluate.finish import evaluate, finish, opening, sample_prompts
 from sparse_lm.evaluate.load import open_run
 from sparse_lm.recipe import SCHEMA
-from sparse_lm.train.checkpoint import Checkpointer, CheckpointError
+from sparse_lm.train.checkpoint import Checkpointer
+from sparse_lm.train.checkpoint_reader import CheckpointError
 from sparse_lm.train.session import open_session
 from sparse_lm.train.start import write_description
 

@@ -20,7 +20,7 @@ from sparse_lm.memory.placement import OnDevice, OnHost
 from sparse_lm.parallel.distributed import Distributed
 from sparse_lm.plan import make_plan
 from sparse_lm.recipe import Recipe
-from sparse_lm.train.checkpoint import CheckpointError, read_checkpoint
+from sparse_lm.train.checkpoint_reader import CheckpointError, read_checkpoint
 from sparse_lm.train.loop import train
 from sparse_lm.train.metrics import read_rows
 from sparse_lm.train.session import check_addresses, open_session, starting_point

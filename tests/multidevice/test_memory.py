@@ -21,7 +21,8 @@ from sparse_lm.memory.row_optimizer import LazyAdam
 from sparse_lm.memory.table import look_up, update
 from sparse_lm.parallel.mesh import MeshShape
 from sparse_lm.recipe import Recipe
-from sparse_lm.train.checkpoint import Checkpointer, Checkpoints, read_checkpoint
+from sparse_lm.train.checkpoint import Checkpointer, Checkpoints
+from sparse_lm.train.checkpoint_reader import read_checkpoint
 from sparse_lm.train.loop import train
 from sparse_lm.train.optimizer import AdamW
 from sparse_lm.train.schedule import Constant

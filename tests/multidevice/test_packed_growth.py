@@ -19,7 +19,7 @@ from sparse_lm.parallel.mesh import MeshShape
 from sparse_lm.recipe import Recipe
 from sparse_lm.routing.experts import MoEFeedForward
 from sparse_lm.routing.top_k import TopKRouter
-from sparse_lm.train.checkpoint import read_checkpoint
+from sparse_lm.train.checkpoint_reader import read_checkpoint
 from sparse_lm.train.loop import train
 from sparse_lm.train.metrics import read_rows
 from sparse_lm.train.optimizer import AdamW

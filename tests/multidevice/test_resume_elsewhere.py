@@ -12,7 +12,8 @@ import tiny
 
 from sparse_lm.parallel.mesh import MeshShape
 from sparse_lm.recipe import Recipe
-from sparse_lm.train.checkpoint import Checkpointer, Checkpoints, read_checkpoint
+from sparse_lm.train.checkpoint import Checkpointer, Checkpoints
+from sparse_lm.train.checkpoint_reader import read_checkpoint
 from sparse_lm.train.loop import train
 from sparse_lm.train.session import open_session
 from sparse_lm.train.state import TrainState

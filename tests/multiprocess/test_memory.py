@@ -16,7 +16,8 @@ from sparse_lm.evaluate.load import open_run
 from sparse_lm.memory.engram import Engram
 from sparse_lm.memory.placement import OnDevice, OnHost, Placement, StaleHost
 from sparse_lm.memory.row_optimizer import RowAdagrad
-from sparse_lm.train.checkpoint import Checkpointer, Checkpoints, read_checkpoint
+from sparse_lm.train.checkpoint import Checkpointer, Checkpoints
+from sparse_lm.train.checkpoint_reader import read_checkpoint
 from sparse_lm.train.session import open_session
 from sparse_lm.train.validation import build_eval_step, validation_row
 

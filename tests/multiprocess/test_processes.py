@@ -10,7 +10,7 @@ import pytest
 import tiny
 from processes import STEPS, Child, free_port, pair, run_all
 
-from sparse_lm.train.checkpoint import read_checkpoint
+from sparse_lm.train.checkpoint_reader import read_checkpoint
 
 pytestmark = pytest.mark.faults
 

@@ -19,7 +19,7 @@ from sparse_lm.routing.experts import MoEFeedForward
 from sparse_lm.routing.router import Router
 from sparse_lm.routing.variable import ExpertThresholdRouter
 from sparse_lm.routing.zero_computation import ZeroComputation
-from sparse_lm.train.checkpoint import read_checkpoint
+from sparse_lm.train.checkpoint_reader import read_checkpoint
 from sparse_lm.train.metrics import read_rows
 
 ROOT = pathlib.Path(__file__).parents[2]

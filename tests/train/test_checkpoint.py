@@ -13,17 +13,10 @@ from etils import epath
 
 from sparse_lm.parallel.mesh import MeshShape
 from sparse_lm.parallel.rules import replicated
-from sparse_lm.train import checkpoint
-from sparse_lm.train.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    Checkpoints,
-    DamagedCheckpoint,
-    checkpoint_directory,
-    mismatches,
-    read_checkpoint,
-)
+from sparse_lm.train import checkpoint_reader
+from sparse_lm.train.checkpoint import Checkpointer, Checkpoints, checkpoint_directory, mismatches
 from sparse_lm.train.checkpoint_files import newest_sound_step
+from sparse_lm.train.checkpoint_reader import CheckpointError, DamagedCheckpoint, read_checkpoint
 from sparse_lm.train.state import TrainState
 
 
@@ -317,7 +310,7 @@ def test_a_file_that_cannot_be_read_is_damage_and_a_device_that_fails_is_none(
         def fails(*_, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr(checkpoint, "read_leaves", fails)
+        monkeypatch.setattr(checkpoint_reader, "read_leaves", fails)
         checkpointer = open_(tmp_path)
         with pytest.raises(seen, match=str(error)):
             checkpointer.restore(1, shardings())

@@ -10,7 +10,7 @@ import tiny
 
 from sparse_lm.model.definition import define
 from sparse_lm.routing.experts import MoEFeedForward
-from sparse_lm.train.checkpoint import CheckpointError
+from sparse_lm.train.checkpoint_reader import CheckpointError
 from sparse_lm.train.initialize import StartFrom, flatten, initialize, is_partial, transforms_of, unflatten, upcycle
 from sparse_lm.train.state import TrainState, unrolled
 

@@ -12,8 +12,8 @@ from etils import epath
 from processes import Child, run_all
 
 from sparse_lm.data.pipeline import prepare, train_stream
-from sparse_lm.train.checkpoint import read_checkpoint
 from sparse_lm.train.checkpoint_files import newest_sound_step, step_directories
+from sparse_lm.train.checkpoint_reader import read_checkpoint
 
 EVERY = 10
 INSIDE = [

@@ -17,7 +17,7 @@ from sparse_lm.parallel.watchdog import RESUMABLE
 from sparse_lm.recipe import Recipe, save_recipe
 from sparse_lm.routing.top_k import TopKRouter
 from sparse_lm.train import session as session_module
-from sparse_lm.train.checkpoint import CheckpointError, read_checkpoint
+from sparse_lm.train.checkpoint_reader import CheckpointError, read_checkpoint
 from sparse_lm.train.loop import TrainingDiverged, train
 from sparse_lm.train.population import Population
 from sparse_lm.train.session import open_session, starting_point

@@ -18,7 +18,7 @@ from sparse_lm.components import lookup
 from sparse_lm.evaluate.load import open_run
 from sparse_lm.layers.tree_paths import flatten
 from sparse_lm.recipe import Recipe
-from sparse_lm.train.checkpoint import read_checkpoint
+from sparse_lm.train.checkpoint_reader import read_checkpoint
 from sparse_lm.train.initialize import StartFrom
 from sparse_lm.train.loop import train
 from sparse_lm.train.metrics import read_rows

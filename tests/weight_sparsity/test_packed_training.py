@@ -23,7 +23,8 @@ from sparse_lm.model.transformer import Model
 from sparse_lm.recipe import Recipe
 from sparse_lm.routing.experts import MoEFeedForward
 from sparse_lm.routing.top_k import TopKRouter
-from sparse_lm.train.checkpoint import Checkpointer, Checkpoints, read_checkpoint
+from sparse_lm.train.checkpoint import Checkpointer, Checkpoints
+from sparse_lm.train.checkpoint_reader import read_checkpoint
 from sparse_lm.train.initialize import StartFrom
 from sparse_lm.train.loop import train
 from sparse_lm.train.muon import Muon

@@ -17,7 +17,7 @@ from sparse_lm.layers.projection import DenseMatrix
 from sparse_lm.model.attention import Attention
 from sparse_lm.model.definition import define
 from sparse_lm.model.transformer import Model
-from sparse_lm.train.checkpoint import read_checkpoint
+from sparse_lm.train.checkpoint_reader import read_checkpoint
 from sparse_lm.train.loop import train
 from sparse_lm.train.metrics import read_rows
 from sparse_lm.weight_sparsity.behind import AbsTopK
