@@ -298,11 +298,7 @@ def edit_topology(
     blocks = topology.row_index.shape[-1]
     row = topology.row_index.at[drop].set(jnp.asarray(row_index, jnp.int32))
     column = topology.block_column.at[drop].set(jnp.asarray(block_column, jnp.int32))
-    new, order = topology_from_indices(
-        row,
-        column,
-        **topology.geometry,
-    )
+    new, order = topology_from_indices(row, column, **topology.geometry)
     is_new = jnp.zeros((blocks,), bool).at[drop].set(True)
     return new, jnp.where(is_new[order], -1, order)
 
@@ -349,11 +345,7 @@ def check_topology(topology: BlockTopology) -> None:
     column = np.repeat(np.arange(columns), np.diff(start))
     if (np.diff(column.astype(np.int64) * rows + row) <= 0).any():
         raise ValueError("topology.row_index must rise strictly within a block column (sorted, no repeated block).")
-    expected, _ = topology_from_indices(
-        row,
-        column,
-        **topology.geometry,
-    )
+    expected, _ = topology_from_indices(row, column, **topology.geometry)
     for field in dataclasses.fields(topology):
         found, wanted = getattr(topology, field.name), getattr(expected, field.name)
         if not np.array_equal(np.asarray(found), np.asarray(wanted)):

@@ -104,6 +104,8 @@ def test_experts_have_their_own_patterns_of_equal_size():
     topology = topology_from_mask(masks_ERC, BLOCK, BLOCK)
     assert topology.batch_shape == (2,)
     np.testing.assert_array_equal(np.asarray(dense_mask(topology)), masks_ERC)
+    np.testing.assert_array_equal(topology.block_column, [[0, 1, 2], [0, 1, 2]])
+    np.testing.assert_array_equal(topology.row_index, [[0, 1, 2], [2, 1, 0]])
     check_topology(topology)
     assert cost(topology, rows=10)["flops"] == 2 * 2 * 10 * 3 * BLOCK * BLOCK
     masks_ERC[0, 0, 1] = True
