@@ -43,7 +43,7 @@ def _regular_expression(text: str) -> str:
 
 
 def _of_each(operations: list[str], run: Callable[[str], object]) -> None:
-    """Runs what has a name that --only asks for; if no operation has any, that is an error."""
+    """Runs what --only and --backend ask for; if no operation has any of it, that is an error."""
     from pallas_kernels.benchmark.timing import NoneChosenError
 
     missing = []
@@ -222,6 +222,8 @@ def memory(arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs one subcommand; each imports what it needs only then."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from pallas_kernels.backend import BACKEND_NAMES
+
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function, operations, what, example in (
         (
@@ -246,7 +248,9 @@ def main(arguments: list[str] | None = None) -> None:
         if name == "kernels":
             command.add_argument("--picture", help="draw the speed-ups into this file")
             command.add_argument(
-                "--backend", help="time this backend, for example triton, instead of the automatic choice"
+                "--backend",
+                choices=BACKEND_NAMES,
+                help="time this backend instead of the automatic choice, of operations that have one",
             )
     commands.add_parser("train", help=training.__doc__, add_help=False)
     command = commands.add_parser("compare", help=compare.__doc__)

@@ -1,6 +1,7 @@
 """Plans for machines that are not there: what the program sends, by hand; the real step through libtpu and JAX's CUDA plugin among the slow tests."""
 
 import dataclasses
+import importlib.util
 import math
 import re
 
@@ -70,6 +71,12 @@ def test_bytes_of_fsdp_and_data_do_not_grow_with_the_devices(tmp_path) -> None:
 )
 def test_gpus_stand_in_machines_of_equally_many(name, hosts) -> None:
     assert topology(name).hosts() == hosts
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_tpus_without_their_compiler_say_what_to_install() -> None:
+    with pytest.raises(ValueError, match=r"v5p:4x4x4.*libtpu cannot describe it \(pip install libtpu\)"):
+        topology("v5p:4x4x4").attach()
 
 
 @pytest.mark.usefixtures("only_lowered")

@@ -109,9 +109,8 @@ def run(splits=SPLITS, tokens: int | None = None, model: int | None = None, acti
     return rows
 
 
-def parts(backend: str | None) -> dict[str, Callable[[], list[dict]]]:
+def parts() -> dict[str, Callable[[], list[dict]]]:
     """The table in parts: name -> function that measures and prints its rows."""
-    del backend
     return {
         f"E{experts} S{per_token}": functools.partial(run, ((experts, per_token),)) for experts, per_token in SPLITS
     }

@@ -88,8 +88,7 @@ def run(what: str, shape: str | None = None) -> list[dict]:
     return rows
 
 
-def parts(backend: str | None) -> dict[str, Callable[[], list[dict]]]:
+def parts() -> dict[str, Callable[[], list[dict]]]:
     """The table in parts: name -> function that measures and prints its rows."""
-    del backend
     names = ["SwiGLU", "SwiGLU dx", "rows by index", "dw, rows by index", "output by index", "dw, output by index"]
     return {what: functools.partial(run, what) for what in names}

@@ -215,9 +215,8 @@ def parts(backend: str | None) -> dict[str, Callable[[], list[dict]]]:
     return {shape: functools.partial(_table, shape, {"ours": products(backend)}) for shape in shapes}
 
 
-def library_parts(backend: str | None) -> dict[str, Callable[[], list[dict]]]:
+def library_parts() -> dict[str, Callable[[], list[dict]]]:
     """The same for the products of other JAX libraries, uniform groups only; they may ask for more memory than there is."""
-    del backend
     shapes = ("E64", "E128", "E8") if has_device_timer() else ("cpu",)
     return {
         f"{shape} {label}": functools.partial(_table, shape, {label: functions}, ("uniform",))

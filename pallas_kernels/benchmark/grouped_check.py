@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.backend import BACKEND_NAMES
 from pallas_kernels.benchmark.grouped import products
 from pallas_kernels.benchmark.timing import has_device_timer
 from pallas_kernels.benchmark.tuning import grouped_candidates, tile_functions
@@ -69,7 +70,9 @@ def check(functions: Mapping[str, Mapping[str, Callable]], seed: int = 0) -> boo
 def main(argv=None):
     """Command line; exits with 1 where something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default=None, help="of the functions labelled ours")
+    parser.add_argument(
+        "--backend", choices=BACKEND_NAMES, help="of the functions labelled ours; not given: the automatic choice"
+    )
     args = parser.parse_args(argv)
     tiles = grouped_candidates() if has_device_timer() and args.backend is None else {}
     right = check({"ours": products(args.backend)} | {n: tile_functions(*t) for n, t in tiles.items()})

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax
 
 from pallas_kernels.benchmark import block_sparse, feed_forward, fused, grouped, lookup
-from pallas_kernels.benchmark.timing import chosen, has_device_timer
+from pallas_kernels.benchmark.timing import NoneChosenError, chosen, has_device_timer
 
 
 def _norms() -> list[dict]:
@@ -28,14 +28,18 @@ def _norms() -> list[dict]:
     return rows
 
 
-OPERATIONS: dict[str, Callable[[str | None], dict[str, Callable[[], list[dict]]]]] = {
+Parts = dict[str, Callable[[], list[dict]]]
+# Operations of which one backend can be timed by its name, and those that compare what they compare.
+OF_BACKENDS: dict[str, Callable[[str | None], Parts]] = {
     "block_sparse": block_sparse.parts,
-    "norms": lambda backend: {"norms": _norms},
     "grouped": grouped.parts,
+    "lookup": lookup.parts,
+}
+OTHERS: dict[str, Callable[[], Parts]] = {
+    "norms": lambda: {"norms": _norms},
     "libraries": grouped.library_parts,
     "fused": fused.parts,
     "feed_forward": feed_forward.parts,
-    "lookup": lookup.parts,
 }
 DRAW = {"block_sparse": block_sparse.draw, "grouped": grouped.draw}
 PACKAGES = ("jax", "jaxlib", "torch", "triton", "jax-triton", "tokamax")
@@ -50,11 +54,24 @@ def versions() -> dict[str, str]:
     return found
 
 
+def parts_of(operation: str, backend: str | None) -> Parts:
+    """The parts of an operation by name.
+
+    Raises:
+        NoneChosenError: a backend is named for an operation that has no choice.
+    """
+    if operation in OF_BACKENDS:
+        return OF_BACKENDS[operation](backend)
+    if backend is not None:
+        raise NoneChosenError(f"backend = {backend!r}; allowed: none here, only for {', '.join(OF_BACKENDS)}")
+    return OTHERS[operation]()
+
+
 def run(operation: str, *, backend: str | None = None, json_path=None, picture=None, only: str = "") -> dict:
     """Runs the parts of an operation, prints them, writes the numbers and the picture.
 
     Args:
-        operation: A key of `OPERATIONS`.
+        operation: A key of `OF_BACKENDS` or `OTHERS`.
         backend: Name of the backend to time; None for the automatic choice.
         json_path: Where the numbers go; None prints only. Written after every part.
         picture: Where the picture goes; None draws none.
@@ -64,7 +81,7 @@ def run(operation: str, *, backend: str | None = None, json_path=None, picture=N
         {"device", "versions", "date", "backend", "timer", "rows"}.
 
     Raises:
-        NoneChosenError: `only` is found in no part's name.
+        NoneChosenError: `only` is found in no part's name, or the operation has no choice of backends.
     """
     result: dict = {
         "device": jax.devices()[0].device_kind,
@@ -74,7 +91,7 @@ def run(operation: str, *, backend: str | None = None, json_path=None, picture=N
         "timer": "CUPTI, sum of kernels, steady state" if has_device_timer() else "wall clock",
         "rows": [],
     }
-    for name, part in chosen(OPERATIONS[operation](backend), only).items():
+    for name, part in chosen(parts_of(operation, backend), only).items():
         print(f"--- {operation} {name}", flush=True)
         try:
             result["rows"] += part()

@@ -34,7 +34,7 @@ class Timing:
 
 
 class NoneChosenError(ValueError):
-    """Nothing has a name like the one asked for."""
+    """There is nothing of what was asked for."""
 
 
 def chosen(named: Mapping[str, Any], only: str) -> dict[str, Any]:

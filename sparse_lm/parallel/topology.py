@@ -89,7 +89,7 @@ class Topology:
         except (RuntimeError, NotImplementedError, ValueError) as error:
             reason = str(error).splitlines()[0]
             if tpu:
-                hint = " (pip install libtpu)" if "libtpu" in reason.lower() else ""
+                hint = "" if importlib.util.find_spec("libtpu") else " (pip install libtpu)"
             else:
                 hint = " (set JAX_PLATFORMS=cpu)" if self.compilable else " (pip install jax[cuda13])"
             raise ValueError(f"topology = {self.name!r}: {compiler} cannot describe it{hint}: {reason}") from error

@@ -79,7 +79,7 @@ def test_fused_forms_and_their_plain_forms_agree(monkeypatch):
     for what, forms in fused.pairs("cpu", np.float32).items():
         one, other = (np.asarray(function(*arguments)) for function, arguments in forms.values())
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=what)
-    assert set(fused.parts(None)) == set(fused.pairs("cpu", np.float32))
+    assert set(fused.parts()) == set(fused.pairs("cpu", np.float32))
     assert [row["form"] for row in fused.run("SwiGLU")] == ["one kernel", "two products"]
 
 
@@ -88,7 +88,7 @@ def test_a_part_that_fails_is_said_and_is_not_a_number(tmp_path, monkeypatch, ca
         raise MemoryError("too large")
 
     table = {"small 1": lambda: [{"ms": 1.0}], "small 2": broken, "large": broken, "small 3": lambda: [{"ms": 3.0}]}
-    monkeypatch.setitem(parts.OPERATIONS, "norms", lambda backend: table)
+    monkeypatch.setitem(parts.OTHERS, "norms", lambda: table)
     found = parts.run("norms", json_path=str(tmp_path / "table.json"), only="^small")
     assert found["rows"] == [{"ms": 1.0}, {"ms": 3.0}]
     assert json.loads((tmp_path / "table.json").read_text()) == found
@@ -106,14 +106,19 @@ def test_parts_and_candidates_are_chosen_by_name():
 
 
 @pytest.mark.parametrize(
-    "only, message",
+    "choice, message",
     [
-        ("(", r"argument --only: '\(' is not a regular expression"),
-        ("no such part", "error: norms: only = 'no such part'; allowed: .* one of norms"),
+        (("--only", "("), r"argument --only: '\(' is not a regular expression"),
+        (("--only", "no such part"), "error: norms: only = 'no such part'; allowed: .* one of norms"),
+        (("--backend", "tritn"), "argument --backend: invalid choice: 'tritn'"),
+        (
+            ("--backend", "triton"),
+            "error: norms: backend = 'triton'; allowed: none here, only for block_sparse, grouped",
+        ),
     ],
 )
-def test_a_choice_that_means_nothing_is_one_line(monkeypatch, capsys, only, message):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "kernels", "--op", "norms", "--only", only])
+def test_a_choice_that_means_nothing_is_one_line(monkeypatch, capsys, choice, message):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "kernels", "--op", "norms", *choice])
     with pytest.raises(SystemExit) as exited:
         runpy.run_path(str(ROOT / "scripts" / "benchmark.py"), run_name="__main__")
     assert exited.value.code == 2
